@@ -1,0 +1,100 @@
+"""Ways of guessing ahead, one file each, found by name in a table of strings."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mmspec.rows import TokenRows
+from mmspec.sampling import Law
+
+#: Name -> (module, class). Imported on demand; importing this package imports none of them.
+TABLE = {
+    "none": ("mmspec.drafters.plain", "PlainDrafter"),
+    "ngram": ("mmspec.drafters.ngram", "NgramDrafter"),
+    "model": ("mmspec.drafters.model", "ModelDrafter"),
+    "early_exit": ("mmspec.drafters.model", "EarlyExitDrafter"),
+    "jacobi": ("mmspec.drafters.jacobi", "JacobiDrafter"),
+}
+
+DrafterSpec = str | Mapping[str, Any] | nn.Module | None
+
+
+def parse_spec(spec: DrafterSpec) -> tuple[str, dict[str, Any]]:
+    """Splits what a user passes as ``drafter=`` into a name and its options.
+
+    Args:
+        spec: A name, a mapping with ``name`` and options, a loaded smaller model (the ``model``
+            drafter), or None for plain decoding.
+
+    Raises:
+        ValueError: If the name is unknown (the message lists the known ones), or nothing else fits.
+    """
+    if spec is None:
+        return "none", {}
+    if isinstance(spec, nn.Module):
+        return "model", {"model": spec}
+    if isinstance(spec, str):
+        name, options = spec, {}
+    elif isinstance(spec, Mapping) and "name" in spec:
+        options = dict(spec)
+        name = options.pop("name")
+    else:
+        raise ValueError(
+            f"drafter must be a name, a mapping with a 'name', or a model; got {spec!r}"
+        )
+    if name not in TABLE:
+        raise ValueError(f"unknown drafter {name!r}; known: {', '.join(sorted(TABLE))}")
+    return name, options
+
+
+def build_drafter(
+    spec: DrafterSpec,
+    *,
+    target: Any,  # noqa: ANN401 - a target adapter; typed as what is used here
+    rows: TokenRows,
+    law: Law,
+    max_width: int,
+    shared_noise: bool,
+) -> Any:  # noqa: ANN401 - any class that follows the Drafter protocol
+    """Makes a drafter for token rows.
+
+    Args:
+        spec: As in `parse_spec`.
+        target: The target adapter; gives ``vocab_size`` and ``forward``.
+        rows: The rows to draft for.
+        law: The target's law.
+        max_width: Largest width of a step, root included.
+        shared_noise: The rule is seeded match, so drafts use the target's own noise.
+
+    Raises:
+        ValueError: On an unknown name or an option that the drafter does not take.
+    """
+    name, options = parse_spec(spec)
+    module, class_name = TABLE[name]
+    cls = getattr(importlib.import_module(module), class_name)
+    vocab_size = target.vocab_size
+    if name in ("none", "ngram"):
+        arguments: tuple[Any, ...] = (rows, vocab_size)
+    elif name == "jacobi":
+        arguments = (rows, vocab_size)
+        options = {
+            "max_width": max_width,
+            "is_greedy": law.is_greedy,
+            "shared_noise": shared_noise,
+            "keep_laws": not shared_noise,
+        } | options
+    elif name == "early_exit":
+        depth = target.forward.model.config.get_text_config(decoder=True).num_hidden_layers
+        arguments = (target.forward, rows, vocab_size, law)
+        options = {"num_layers": max(1, depth // 3), "shared_noise": shared_noise} | options
+    else:
+        if "model" not in options:
+            raise ValueError("the 'model' drafter needs a loaded model: {'name': 'model', 'model': m}")
+        arguments = (options.pop("model"), rows, vocab_size, law)
+        options = {"shared_noise": shared_noise} | options
+    try:
+        return cls(*arguments, **options)
+    except TypeError as error:
+        raise ValueError(f"drafter {name!r} does not take these options: {error}") from error

@@ -1,0 +1,132 @@
+"""Jacobi windows: the target's own guesses of the coming tokens, refined in every forward.
+
+What the rule chose behind the accepted path becomes the next guess (and the law it was chosen by
+its draft law). New positions at the end of the window have no guess yet; they are drawn from the
+law of a neighbour, above in a grid or the last known one, never from a one-hot guess, because a
+one-hot guess is accepted with the probability of one token only.
+
+Sources: speculative Jacobi decoding (arXiv 2410.01699); shared noise per position goes back to
+predictive sampling (Wiggers and Hoogeboom 2020).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
+from mmspec.rows import TokenRows
+from mmspec.sampling import Salt, gumbel
+from mmspec.tree import pack_chain
+
+
+class JacobiDrafter:
+    """Keeps the choices and laws of the last forward, by position."""
+
+    name = "jacobi"
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        vocab_size: int,
+        *,
+        max_width: int,
+        stride: int | None = None,
+        is_greedy: bool = False,
+        shared_noise: bool = True,
+        keep_laws: bool = False,
+    ) -> None:
+        """Makes an empty window.
+
+        Args:
+            rows: The rows.
+            vocab_size: V.
+            max_width: Largest window, root included.
+            stride: Positions in a grid row: a new position looks at the law ``stride`` back. None
+                looks at the last known law.
+            is_greedy: The rule takes the argmax, so guesses do too.
+            shared_noise: Draw new positions with the noise of the target's own choice (for the
+                exact rule); otherwise with fresh noise (for rules that keep only the law).
+            keep_laws: Hand the laws of the guesses to the rule.
+
+        Raises:
+            ValueError: If the stride is below 1.
+        """
+        if stride is not None and stride < 1:
+            raise ValueError(f"stride must be >= 1, got {stride}")
+        self._rows = rows
+        self._vocab_size = vocab_size
+        self._stride = stride
+        self._is_greedy = is_greedy
+        self._shared_noise = shared_noise
+        self._keep_laws = keep_laws and not is_greedy
+        # A ring by position: far enough back for the row above, far enough ahead for the window.
+        self._ring = 2 * max_width + (stride or 0) + 1
+        self._laws_BRV: Tensor | None = None
+        self._guesses_BR: Tensor | None = None
+        self._known_B = rows.lengths_B.clone()  # laws are known for positions below this
+
+    def prefill(self) -> None:
+        """Reads nothing."""
+
+    def propose(self, plan: Plan) -> Proposal:
+        """A chain of guesses behind each root."""
+        rows = self._rows
+        if self._laws_BRV is None or plan.width == 1:
+            # Before the first forward nothing is known that could be accepted.
+            return pack_chain(rows.roots_B()[:, None], [0] * rows.num_rows, self._vocab_size)
+        ahead = torch.arange(1, plan.width, device=rows.lengths_B.device)
+        position = rows.lengths_B[:, None] - 1 + ahead
+        guesses, laws = self._guesses_at(position)
+        drafts = None
+        if self._keep_laws:
+            # The law of a child is stored at its parent; the last node has no child.
+            drafts = torch.nn.functional.pad(laws.softmax(-1), (0, 0, 0, 1))
+        num_drafts = [0 if done else plan.width - 1 for done in rows.host_done]
+        tokens = torch.cat([rows.roots_B()[:, None], guesses], dim=1)
+        return pack_chain(tokens, num_drafts, self._vocab_size, drafts)
+
+    def commit(
+        self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
+    ) -> None:
+        """Stores the choice and the law of every position behind a node."""
+        laws = verdict.law_logits_BNV
+        if self._laws_BRV is None:
+            num_rows = laws.shape[0]
+            # Unknown laws are uniform, which keeps them laws.
+            self._laws_BRV = laws.new_zeros(num_rows, self._ring, self._vocab_size)
+            self._guesses_BR = verdict.choices_BN.new_zeros(num_rows, self._ring)
+        slot = (scores.positions_BN + 1) % self._ring
+        wide = slot[..., None].expand(-1, -1, self._vocab_size)
+        self._laws_BRV.scatter_(1, wide, laws)
+        self._guesses_BR.scatter_(1, slot, verdict.choices_BN)  # type: ignore[union-attr]
+        self._known_B = scores.positions_BN.amax(1) + 2
+
+    def _guesses_at(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Guess and law for each position: stored where known, a neighbour's where new."""
+        is_known = position < self._known_B[:, None]
+        source = torch.where(is_known, position, self._neighbour(position))
+        slot = source % self._ring
+        laws = self._laws_BRV.gather(  # type: ignore[union-attr]
+            1, slot[..., None].expand(-1, -1, self._vocab_size)
+        )
+        stored = self._guesses_BR.gather(1, slot)  # type: ignore[union-attr]
+        noisy = laws
+        if not self._is_greedy:
+            salt = Salt.CHOICE if self._shared_noise else Salt.DRAFT
+            step = 0 if self._shared_noise else self._rows.step + 1
+            noisy = laws + gumbel(self._rows.keys_B, position, self._vocab_size, salt, step)
+        return torch.where(is_known, stored, noisy.argmax(-1)), laws
+
+    def _neighbour(self, position: Tensor) -> Tensor:
+        last = self._known_B[:, None] - 1
+        if self._stride is None:
+            return last.expand_as(position)
+        above = position - self._stride
+        first = self._rows.prompt_lengths_B[:, None]
+        return torch.where(above >= first, torch.minimum(above, last), last)
+
+
+def default_window(num_tokens: int) -> int:
+    """A window for ``num_tokens`` image tokens: two grid rows, between 16 and 64."""
+    return max(16, min(64, 2 ** round(math.log2(2 * math.sqrt(num_tokens)))))

@@ -1,0 +1,245 @@
+"""A smaller causal language model as drafter: batched, ragged, with its own slot cache."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmspec.cache import SlotCache
+from mmspec.drafters.plain import root_only
+from mmspec.forward import SlotForward
+from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
+from mmspec.rows import TokenRows
+from mmspec.sampling import Law, LawContext, Salt, gumbel
+from mmspec.tree import pack_chain
+
+
+class ModelDrafter:
+    """Drafts a chain with a smaller model that shares the target's tokens.
+
+    Attributes:
+        forward: The model on its slot cache.
+    """
+
+    name = "model"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: TokenRows,
+        vocab_size: int,
+        law: Law,
+        *,
+        shared_noise: bool = True,
+        cache: SlotCache | None = None,
+    ) -> None:
+        """Wraps a model.
+
+        Args:
+            model: The smaller model. Its vocabulary may be padded differently from the target's.
+            rows: The rows.
+            vocab_size: The target's vocabulary.
+            law: The target's law, applied to the drafter's logits as well.
+            shared_noise: Draw with the target's own noise (Gumbel coupling, for the exact rule);
+                otherwise sample freshly and report the law (for speculative sampling).
+            cache: Share this cache instead of making one.
+        """
+        self.forward = SlotForward(
+            model, num_rows=rows.num_rows, capacity=rows.capacity, cache=cache
+        )
+        self._rows = rows
+        self._vocab_size = vocab_size
+        self._own_vocab = model.get_output_embeddings().weight.shape[0]
+        self._law = law
+        self._shared_noise = shared_noise
+        self._num_cached = [0] * rows.num_rows
+
+    def prefill(self) -> None:
+        """Caches every prompt but its last token."""
+        self._catch_up([len(tokens) - 1 for tokens in self._rows.host_tokens])
+
+    def propose(self, plan: Plan) -> Proposal:
+        """A chain of ``plan.width - 1`` drafts per active row."""
+        rows = self._rows
+        num_drafts = plan.width - 1
+        if num_drafts < 1:
+            return root_only(rows, self._vocab_size)
+        self._catch_up([len(tokens) - 1 for tokens in rows.host_tokens])
+        scratch = rows.tokens_BT.clone()
+        laws = []
+        for depth in range(num_drafts):
+            law_logits = self._next_law(scratch, depth)
+            token = self._draw(law_logits, depth)
+            scratch.scatter_(1, rows.lengths_B[:, None] + depth, token)
+            laws.append(law_logits)
+        start = rows.lengths_B[:, None] - 1
+        ahead = torch.arange(plan.width, device=start.device)
+        draft_probs = None
+        if not self._shared_noise and not self._law.is_greedy:
+            draft_probs = torch.cat(laws, dim=1).softmax(-1)
+            draft_probs = nn.functional.pad(draft_probs, (0, 0, 0, 1))
+        counts = [0 if done else num_drafts for done in rows.host_done]
+        self._note_drafted(num_drafts)
+        return pack_chain(scratch.gather(1, start + ahead), counts, self._vocab_size, draft_probs)
+
+    def commit(
+        self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
+    ) -> None:
+        """Keeps the accepted drafts' keys; the rest is overwritten later."""
+        lengths = [len(tokens) for tokens in self._rows.host_tokens]
+        for row, accepted in enumerate(outcome.num_accepted):
+            kept = self._num_cached[row]
+            if proposal.width > 1:
+                # The last draft was never fed, so at most width - 2 accepted drafts are cached.
+                kept = self._root_slot[row] + 1 + min(accepted, proposal.width - 2)
+            self._num_cached[row] = min(kept, lengths[row] - 1)
+
+    def _note_drafted(self, num_drafts: int) -> None:
+        self._root_slot = [len(tokens) - 1 for tokens in self._rows.host_tokens]
+
+    def _catch_up(self, wanted: Sequence[int]) -> None:
+        """Caches committed tokens up to ``wanted`` per row."""
+        missing = max(w - n for w, n in zip(wanted, self._num_cached, strict=True))
+        if missing > 0:
+            cached_B = torch.tensor(self._num_cached, device=self._rows.lengths_B.device)
+            ahead = torch.arange(missing, device=cached_B.device)
+            index = (cached_B[:, None] + ahead).clamp(max=self._rows.capacity - 1)
+            tokens = self._embeddable(self._rows.tokens_BT.gather(1, index))
+            self.forward.prefill({"input_ids": tokens}, cached_B, self._num_cached)
+        self._num_cached = list(wanted)
+
+    def _next_law(self, scratch_BT: Tensor, depth: int) -> Tensor:
+        """Feeds the token at ``depth`` behind the root; returns the law of the next, ``[B, 1, V]``.
+
+        The token sits at the end of a scratch history, so every law sees it as a committed root.
+        """
+        rows = self._rows
+        at = rows.lengths_B[:, None] - 1 + depth
+        token = scratch_BT.gather(1, at)
+        zero = torch.zeros_like(token)
+        positions = torch.minimum(at, rows.limits_B[:, None] - 1)
+        output = self.forward.run(
+            {"input_ids": self._embeddable(token)},
+            cached_B=at.squeeze(1),
+            host_cached=[len(tokens) - 1 + depth for tokens in rows.host_tokens],
+            depth_BN=zero,
+            ancestors_BNN=torch.ones_like(zero, dtype=torch.bool)[..., None],
+            positions_BN=positions,
+            is_chain=True,
+        )
+        logits = self._aligned(output.logits)  # type: ignore[attr-defined]
+        context = LawContext(
+            tokens_BN=token,
+            ancestors_BNN=torch.ones_like(zero, dtype=torch.bool)[..., None],
+            depth_BN=zero,
+            positions_BN=positions,
+            history_BT=scratch_BT,
+            lengths_B=rows.lengths_B + depth,
+            prompt_lengths_B=rows.prompt_lengths_B,
+        )
+        return self._law(logits, context)
+
+    def _draw(self, law_logits: Tensor, depth: int) -> Tensor:
+        if self._law.is_greedy:
+            return law_logits.argmax(-1)
+        rows = self._rows
+        salt = Salt.CHOICE if self._shared_noise else Salt.DRAFT
+        step = 0 if self._shared_noise else rows.step
+        position = rows.lengths_B[:, None] + depth
+        return (law_logits + gumbel(rows.keys_B, position, self._vocab_size, salt, step)).argmax(-1)
+
+    def _embeddable(self, tokens: Tensor) -> Tensor:
+        """Target tokens that this model does not have become token 0; the guess is then poor."""
+        return torch.where(tokens < self._own_vocab, tokens, 0)
+
+    def _aligned(self, logits: Tensor) -> Tensor:
+        """Logits over the target's vocabulary: padding cut off, missing tokens impossible."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits[..., : self._vocab_size].to(self._rows.lengths_B.device)
+        missing = self._vocab_size - logits.shape[-1]
+        return nn.functional.pad(logits, (0, missing), value=float("-inf"))
+
+
+class EarlyExitDrafter(ModelDrafter):
+    """The target's own first layers and its head; needs no weights and no second prefill.
+
+    It shares the target's cache: the keys of committed tokens in the first layers are the very
+    ones it needs, and the slots of its drafts are overwritten when the target verifies them.
+    """
+
+    name = "early_exit"
+
+    def __init__(
+        self,
+        target: SlotForward,
+        rows: TokenRows,
+        vocab_size: int,
+        law: Law,
+        *,
+        num_layers: int,
+        shared_noise: bool = True,
+    ) -> None:
+        """Cuts the target after ``num_layers`` layers.
+
+        Raises:
+            ValueError: If ``num_layers`` is not between 1 and the target's depth less one.
+        """
+        shallow = first_layers(target.model, num_layers)
+        super().__init__(
+            shallow, rows, vocab_size, law, shared_noise=shared_noise, cache=target.cache
+        )
+        self._target_cache = target.cache
+        self._num_layers = num_layers
+
+    def prefill(self) -> None:
+        """Takes over the first layers of the target's cache, which is prefilled by now."""
+        self.forward.cache = self._target_cache.first_layers(self._num_layers)
+        self._num_cached = [len(tokens) - 1 for tokens in self._rows.host_tokens]
+
+    def commit(
+        self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
+    ) -> None:
+        """The target's verification has cached everything."""
+        self._num_cached = [len(tokens) - 1 for tokens in self._rows.host_tokens]
+
+
+def first_layers(model: nn.Module, num_layers: int) -> nn.Module:
+    """A model that shares all weights of another and stops after its first layers.
+
+    Raises:
+        ValueError: If ``num_layers`` is out of range, or the layers cannot be found.
+    """
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not 1 <= num_layers < depth:
+        raise ValueError(f"early exit must be after layer 1 to {depth - 1}, got {num_layers}")
+    stacks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if len(stacks) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(stacks)} stacks of {depth} layers")
+    *owners, last = stacks[0].split(".")
+    shallow = node = _shell(model, num_layers)
+    for owner in owners:
+        child = _shell(getattr(node, owner), num_layers)
+        node._modules[owner] = child
+        node = child
+    node._modules[last] = getattr(node, last)[:num_layers]
+    return shallow
+
+
+def _shell(module: nn.Module, num_layers: int) -> nn.Module:
+    """A copy of one module object that shares its parameters and children."""
+    shell = copy.copy(module)
+    shell.__dict__ = dict(module.__dict__)
+    shell._modules = dict(module._modules)
+    shell.__dict__.pop("_mmspec_compiled_forward", None)
+    if hasattr(module, "config"):
+        shell.config = copy.copy(module.config)
+        text = shell.config.get_text_config(decoder=True)
+        if text is not shell.config:
+            raise ValueError("early exit needs a plain text model, got a composite one")
+        shell.config.num_hidden_layers = num_layers
+    return shell

@@ -1,0 +1,226 @@
+"""Token rows: what is committed in each row of a batch, and when a row has ended.
+
+Rows advance and end independently. Everything the device needs lives in preallocated tensors; the
+host keeps its own copy of the tokens, filled by the one read of a step, so that drafters that work
+on the host, streams and stop strings never ask the device again.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mmspec.records import Outcome, Proposal, Verdict
+from mmspec.sampling import LawContext
+
+StopCheck = Callable[[int, list[int]], int | None]
+
+
+class TokenRows:
+    """The committed tokens of a batch.
+
+    Attributes:
+        tokens_BT: Prompt and output of each row, left-aligned, int64.
+        lengths_B: Committed tokens of each row, int64.
+        limits_B: Length at which each row ends.
+        prompt_lengths_B: Length of each prompt.
+        keys_B: Noise key of each row.
+        done_B: Rows that have ended.
+        host_tokens: The same tokens as lists, prompt included.
+        host_done: The same flags.
+        step: Steps committed so far.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: Sequence[int],
+        keys_B: Tensor,
+        eos_token_ids: Sequence[int] = (),
+        stop_check: StopCheck | None = None,
+        device: torch.device | str = "cpu",
+        slack: int = 128,
+    ) -> None:
+        """Lays the prompts out.
+
+        Args:
+            prompts: Token ids of each row, at least one each.
+            max_new_tokens: Budget of each row, at least one each.
+            keys_B: Noise keys, one per row.
+            eos_token_ids: Tokens that end a row (kept in its output).
+            stop_check: Called with (row, new tokens so far); returns how many of them to keep if
+                the row must end there, else None.
+            device: Where the target's embedding lives.
+            slack: Spare columns, so that a draft may run past a row's limit.
+
+        Raises:
+            ValueError: On an empty batch, an empty prompt, a budget below 1, or a mismatch.
+        """
+        if not prompts:
+            raise ValueError("at least one prompt is needed, got an empty batch")
+        if len(max_new_tokens) != len(prompts) or keys_B.shape[0] != len(prompts):
+            raise ValueError(
+                f"one budget and one key per row are needed: {len(prompts)} rows, "
+                f"{len(max_new_tokens)} budgets, {keys_B.shape[0]} keys"
+            )
+        for row, (prompt, budget) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {row} is empty; a row needs at least one token")
+            if budget < 1:
+                raise ValueError(f"max_new_tokens must be >= 1, got {budget} for row {row}")
+        lengths = [len(prompt) for prompt in prompts]
+        limits = [n + budget for n, budget in zip(lengths, max_new_tokens, strict=True)]
+        self.capacity = max(limits) + slack
+        host = torch.zeros(len(prompts), self.capacity, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            host[row, : len(prompt)] = torch.as_tensor(list(prompt), dtype=torch.long)
+        self.tokens_BT = host.to(device)
+        self.lengths_B = torch.tensor(lengths, device=device)
+        self.limits_B = torch.tensor(limits, device=device)
+        self.prompt_lengths_B = self.lengths_B.clone()
+        self.keys_B = keys_B.to(device)
+        self.done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        self.eos_E = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=device)
+        self.host_tokens = [[int(token) for token in prompt] for prompt in prompts]
+        self.host_limits = limits
+        self.host_done = [False] * len(prompts)
+        self.prompt_lengths = lengths
+        self.step = 0
+        self._stop_check = stop_check
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.host_tokens)
+
+    @property
+    def is_done(self) -> bool:
+        """True once every row has ended."""
+        return all(self.host_done)
+
+    @property
+    def max_length(self) -> int:
+        """Length of the longest row."""
+        return max(map(len, self.host_tokens))
+
+    @property
+    def max_remaining(self) -> int:
+        """Largest number of tokens that an active row may still get."""
+        return max(
+            (
+                limit - len(tokens)
+                for limit, tokens, done in zip(
+                    self.host_limits, self.host_tokens, self.host_done, strict=True
+                )
+                if not done
+            ),
+            default=0,
+        )
+
+    def roots_B(self) -> Tensor:
+        """The last committed token of each row."""
+        return self.tokens_BT.gather(1, self.lengths_B[:, None] - 1).squeeze(1)
+
+    def positions(self, depth_BN: Tensor) -> Tensor:
+        """Absolute position of each node; never past a row's last legal position."""
+        return torch.minimum(self.lengths_B[:, None] - 1 + depth_BN, self.limits_B[:, None] - 1)
+
+    def new_tokens(self, row: int) -> list[int]:
+        """The output of a row so far."""
+        return self.host_tokens[row][self.prompt_lengths[row] :]
+
+    def context(self, proposal: Proposal, positions_BN: Tensor) -> LawContext:
+        """What a law may look at for these nodes."""
+        return LawContext(
+            tokens_BN=proposal.tokens_BN,
+            ancestors_BNN=proposal.ancestors_BNN,
+            depth_BN=proposal.depth_BN,
+            positions_BN=positions_BN,
+            history_BT=self.tokens_BT,
+            lengths_B=self.lengths_B,
+            prompt_lengths_B=self.prompt_lengths_B,
+        )
+
+    def commit(self, verdict: Verdict) -> Outcome:
+        """Appends what the verdict emitted, cut at ends and limits. The step's one host read."""
+        count_B, done_B = _cut(
+            verdict.emitted_BM,
+            verdict.num_accepted_B,
+            self.limits_B - self.lengths_B,
+            self.done_B,
+            self.eos_E,
+        )
+        _append(self.tokens_BT, verdict.emitted_BM, self.lengths_B, count_B)
+        self.lengths_B = self.lengths_B + count_B
+        packed = torch.cat(
+            [
+                count_B[:, None],
+                done_B[:, None].long(),
+                verdict.num_accepted_B[:, None],
+                verdict.emitted_BM,
+            ],
+            dim=1,
+        )
+        self.done_B = done_B
+        self.step += 1
+        return self._read(packed.tolist())
+
+    def _read(self, packed: list[list[int]]) -> Outcome:
+        was_active = tuple(not done for done in self.host_done)
+        new_units: list[list[int]] = []
+        num_accepted: list[int] = []
+        for row, (count, done, accepted, *emitted) in enumerate(packed):
+            new = emitted[:count]
+            self.host_tokens[row].extend(new)
+            self.host_done[row] = bool(done)
+            kept = self._stop_here(row, len(new)) if new else len(new)
+            new_units.append(new[:kept])
+            num_accepted.append(accepted if was_active[row] else 0)
+        return Outcome(
+            new_units=tuple(new_units),
+            num_accepted=tuple(num_accepted),
+            done=tuple(self.host_done),
+            was_active=was_active,
+        )
+
+    def _stop_here(self, row: int, num_new: int) -> int:
+        """Asks the stop check and cuts the row if it says so; returns how many stay."""
+        if self._stop_check is None:
+            return num_new
+        output = self.new_tokens(row)
+        keep = self._stop_check(row, output)
+        if keep is None:
+            return num_new
+        dropped = len(output) - keep
+        if dropped:
+            del self.host_tokens[row][-dropped:]
+        self.host_done[row] = True
+        self.done_B[row] = True
+        self.lengths_B[row] = len(self.host_tokens[row])
+        return max(num_new - dropped, 0)
+
+
+def _cut(
+    emitted_BM: Tensor, num_accepted_B: Tensor, room_B: Tensor, done_B: Tensor, eos_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many emitted tokens each row keeps, and which rows end.
+
+    The cut comes after verification, so an end inside a draft loses the drafts behind it.
+    """
+    slot = torch.arange(emitted_BM.shape[1], device=emitted_BM.device)
+    count_B = torch.minimum(num_accepted_B + 1, room_B)
+    is_end = (emitted_BM[..., None] == eos_E).any(-1) & (slot < count_B[:, None])
+    first_end_B = torch.where(is_end, slot, emitted_BM.shape[1]).amin(1)
+    ended_B = first_end_B < count_B
+    count_B = torch.where(ended_B, first_end_B + 1, count_B)
+    count_B = torch.where(done_B, 0, count_B)
+    return count_B, done_B | ended_B | (count_B >= room_B)
+
+
+def _append(tokens_BT: Tensor, emitted_BM: Tensor, lengths_B: Tensor, count_B: Tensor) -> None:
+    """Writes each row's kept tokens at its own end, in place."""
+    slot = torch.arange(emitted_BM.shape[1], device=emitted_BM.device)
+    target = lengths_B[:, None] + slot
+    old = tokens_BT.gather(1, target)
+    tokens_BT.scatter_(1, target, torch.where(slot < count_B[:, None], emitted_BM, old))

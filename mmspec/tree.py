@@ -1,0 +1,195 @@
+"""Draft trees: packing, ancestors, and the walk that turns choices into an accepted path.
+
+A tree is packed parents first; node 0 is the root (the last committed token). Worked example, used
+by the tests: the drafts ``7 -> 8`` and ``7 -> 9 -> 4`` under the root ``5`` merge into
+
+    node     0   1   2   3   4
+    token    5   7   8   9   4
+    parent   0   0   1   1   3
+    depth    0   1   2   2   3
+
+and if the rule chooses 7 after node 0, 9 after node 1 and 6 after node 3, the accepted path is
+``[0, 1, 3]`` and the emitted tokens are ``[7, 9, 6]``.
+
+Shape suffixes as in `mmspec.records`.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mmspec.records import Proposal
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def bucket(width: int, largest: int = BUCKETS[-1]) -> int:
+    """The smallest bucket that holds ``width`` nodes, so that few shapes reach the target.
+
+    Raises:
+        ValueError: If ``width`` is below 1 or above ``largest``.
+    """
+    if not 1 <= width <= largest:
+        raise ValueError(f"width must be between 1 and {largest}, got {width}")
+    return next((b for b in BUCKETS if b >= width), width)
+
+
+def pack_chain(
+    tokens_BN: Int[Tensor, "B N"],
+    num_drafted: Sequence[int],
+    vocab_size: int,
+    draft_probs_BNV: Tensor | None = None,
+) -> Proposal:
+    """A chain per row from the root and its drafts.
+
+    Args:
+        tokens_BN: The root and the drafts of each row; entries past a row's drafts are ignored.
+        num_drafted: Drafts of each row, at most N - 1.
+        vocab_size: The target's vocabulary; a draft outside it is made invalid.
+        draft_probs_BNV: As in `Proposal`.
+    """
+    num_rows, num_nodes = tokens_BN.shape
+    device = tokens_BN.device
+    node = torch.arange(num_nodes, device=device)
+    count_B = torch.tensor(list(num_drafted), device=device)
+    return Proposal(
+        parents_BN=(node - 1).clamp(min=0).expand(num_rows, -1),
+        depth_BN=node.expand(num_rows, -1),
+        ancestors_BNN=(node[:, None] >= node).expand(num_rows, -1, -1),
+        is_chain=True,
+        num_drafted=tuple(num_drafted),
+        num_levels=tuple(num_drafted),
+        draft_probs_BNV=draft_probs_BNV,
+        **_validated(tokens_BN, node <= count_B[:, None], vocab_size),
+    )
+
+
+def pack_trees(
+    tokens: Sequence[Sequence[int]],
+    parents: Sequence[Sequence[int]],
+    roots_B: Int[Tensor, "B"],
+    vocab_size: int,
+    width: int,
+) -> Proposal:
+    """A tree per row from host lists.
+
+    Args:
+        tokens: Drafted tokens of each row, parents first.
+        parents: Index of each draft's parent within the row's drafts, -1 for the root.
+        roots_B: The last committed token of each row.
+        vocab_size: The target's vocabulary.
+        width: N; every row's drafts must fit into N - 1.
+
+    Raises:
+        ValueError: If a row has too many drafts or a parent that does not come before its child.
+    """
+    num_rows = len(tokens)
+    token_rows, parent_rows, depth_rows = [], [], []
+    for row_tokens, row_parents in zip(tokens, parents, strict=True):
+        _check_tree(row_tokens, row_parents, width)
+        depths = [0]
+        for parent in row_parents:
+            depths.append(depths[parent + 1] + 1)
+        padding = width - len(depths)
+        token_rows.append([0, *row_tokens] + [-1] * padding)
+        # A padding node hangs under the root, where it cannot be mistaken for an ancestor.
+        parent_rows.append([0, *(parent + 1 for parent in row_parents)] + [0] * padding)
+        depth_rows.append(depths + [1] * padding)
+    device = roots_B.device
+    tokens_BN = torch.tensor(token_rows, device=device)
+    tokens_BN[:, 0] = roots_B
+    parents_BN = torch.tensor(parent_rows, device=device)
+    depth_BN = torch.tensor(depth_rows, device=device)
+    drafted = tuple(len(row) for row in tokens)
+    node = torch.arange(width, device=device)
+    is_chain = all(p == list(range(-1, len(p) - 1)) for p in map(list, parents))
+    if is_chain:
+        return pack_chain(tokens_BN, drafted, vocab_size)
+    count_B = torch.tensor(drafted, device=device)
+    return Proposal(
+        parents_BN=parents_BN,
+        depth_BN=depth_BN,
+        ancestors_BNN=ancestors(parents_BN, max(max(row) for row in depth_rows)),
+        is_chain=False,
+        num_drafted=drafted,
+        num_levels=tuple(max(row[: count + 1]) for row, count in zip(depth_rows, drafted, strict=True)),
+        branching=max(max(Counter(row).values(), default=1) for row in map(list, parents)),
+        **_validated(tokens_BN, (node <= count_B[:, None]).view(num_rows, width), vocab_size),
+    )
+
+
+def _check_tree(tokens: Sequence[int], parents: Sequence[int], width: int) -> None:
+    if len(tokens) != len(parents):
+        raise ValueError(f"a tree needs one parent per token, got {len(parents)} for {len(tokens)}")
+    if len(tokens) > width - 1:
+        raise ValueError(f"a tree of {len(tokens)} drafts does not fit into {width - 1} nodes")
+    for index, parent in enumerate(parents):
+        if not -1 <= parent < index:
+            raise ValueError(f"parent of node {index} must come before it, got {parent}")
+
+
+def _validated(tokens_BN: Tensor, valid_BN: Tensor, vocab_size: int) -> dict[str, Tensor]:
+    """Ids outside the vocabulary become invalid before anything can embed them."""
+    inside = (tokens_BN >= 0) & (tokens_BN < vocab_size)
+    valid_BN = valid_BN & inside
+    return {"tokens_BN": torch.where(valid_BN, tokens_BN, 0), "valid_BN": valid_BN}
+
+
+def ancestors(parents_BN: Int[Tensor, "B N"], max_depth: int) -> Bool[Tensor, "B N N"]:
+    """``[b, i, j]`` is True where j is i or an ancestor of i.
+
+    Squares the parent relation, so the number of steps is logarithmic in the depth.
+    """
+    num_rows, num_nodes = parents_BN.shape
+    eye = torch.eye(num_nodes, device=parents_BN.device).expand(num_rows, -1, -1)
+    reach = eye.scatter(2, parents_BN[..., None], 1.0)
+    for _ in range(max(max_depth - 1, 0).bit_length()):
+        reach = (reach @ reach).clamp_(max=1.0)
+    return reach > 0.5
+
+
+def nodes_on_path(
+    ancestors_BNN: Bool[Tensor, "B N N"],
+    depth_BN: Int[Tensor, "B N"],
+    leaf_B: Int[Tensor, "B"],
+    length: int,
+) -> Int[Tensor, "B M"]:
+    """Node indices from the root to a leaf; entries past the leaf's depth repeat the root."""
+    num_nodes = depth_BN.shape[1]
+    on_path = ancestors_BNN.gather(1, leaf_B[:, None, None].expand(-1, 1, num_nodes)).squeeze(1)
+    slot = torch.where(on_path, depth_BN, length)
+    path = torch.zeros(
+        (leaf_B.shape[0], length + 1), dtype=torch.long, device=depth_BN.device
+    )
+    node = torch.arange(num_nodes, device=depth_BN.device).expand_as(slot)
+    # Nodes off the path all land in the spare last column, which is dropped.
+    return path.scatter(1, slot, node)[:, :length]
+
+
+def walk(
+    proposal: Proposal, choices_BN: Int[Tensor, "B N"]
+) -> tuple[Int[Tensor, "B M"], Int[Tensor, "B"]]:
+    """Follows the choices from the root down for as long as they were drafted.
+
+    A node survives if it equals the choice after its parent and its parent survives. Every node is
+    judged once, never once per path. Of duplicate siblings (a drafter may send them) the first
+    wins, because ``argmax`` returns the first deepest survivor and both carry the same token.
+
+    Returns:
+        The accepted path (M = N for a chain) and the number of accepted drafts.
+    """
+    depth_BN = proposal.depth_BN
+    parent_choice = choices_BN.gather(1, proposal.parents_BN)
+    fits = (proposal.tokens_BN == parent_choice) & proposal.valid_BN
+    fits |= depth_BN == 0
+    if proposal.is_chain:
+        num_accepted_B = fits.long().cumprod(1).sum(1) - 1
+        return depth_BN, num_accepted_B
+    survives = ~(proposal.ancestors_BNN & ~fits[:, None, :]).any(-1)
+    reach = torch.where(survives, depth_BN, -1)
+    num_accepted_B, leaf_B = reach.max(1).values, reach.argmax(1)
+    path = nodes_on_path(proposal.ancestors_BNN, depth_BN, leaf_B, proposal.width)
+    return path, num_accepted_B

@@ -1,0 +1,34 @@
+"""What users call: one pipeline per job. Import name `mmspec.pipelines`.
+
+The classes are found in a table of strings and imported on first use, so naming one pipeline
+does not load the libraries of the others.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmspec.pipelines.image import SpeculativeImagePipeline
+    from mmspec.pipelines.text import SpeculativeTextPipeline
+
+__all__ = ["SpeculativeImagePipeline", "SpeculativeTextPipeline"]
+
+# Public class name -> "module:class", the module relative to this package.
+PIPELINES = {
+    "SpeculativeImagePipeline": ".image:SpeculativeImagePipeline",
+    "SpeculativeTextPipeline": ".text:SpeculativeTextPipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a pipeline class the first time somebody asks for it."""
+    if name not in PIPELINES:
+        known = ", ".join(sorted(PIPELINES))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; known: {known}")
+    module, _, attribute = PIPELINES[name].partition(":")
+    return getattr(import_module(module, __name__), attribute)
+
+
+def __dir__() -> list[str]:
+    """List the pipelines for completion, loaded or not."""
+    return sorted([*globals(), *PIPELINES])
