@@ -49,7 +49,11 @@ def check_supported(model: nn.Module) -> None:
 
 def text_device(model: nn.Module) -> torch.device:
     """The device on which a model wants its token ids."""
-    return model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings()
+    # accelerate keeps offloaded weights on "meta" and moves them, and the ids, when they run.
+    hook = getattr(embedding, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return embedding.weight.device if execution is None else torch.device(execution)
 
 
 class SlotForward:

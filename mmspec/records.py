@@ -31,9 +31,11 @@ class Plan:
 
     Attributes:
         width: Nodes per row in the target's forward, the root included; 1 is plain decoding.
+        min_survival: Drafts less likely than this to survive are not worth their verification.
     """
 
     width: int
+    min_survival: float = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -195,12 +195,12 @@ class LawConfig:
         eos_token_ids: The ends that ``min_new_tokens`` holds back.
     """
 
-    temperature: float = 1.0
+    temperature: float | int = 1.0
     top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
+    top_p: float | int | None = None
+    min_p: float | int | None = None
+    repetition_penalty: float | int = 1.0
+    presence_penalty: float | int = 0.0
     bad_words: tuple[tuple[int, ...], ...] = ()
     allowed: AllowedTokens | None = None
     min_new_tokens: int = 0
@@ -439,7 +439,8 @@ def seen_tokens(
     num_rows, num_nodes = context.tokens_BN.shape
     history_BT = context.history_BT
     slot = torch.arange(history_BT.shape[1], device=history_BT.device)
-    counted = slot < context.lengths_B[:, None]
+    # An image row may have a text prompt, whose tokens are not of the target's vocabulary.
+    counted = (slot < context.lengths_B[:, None]) & (history_BT >= 0) & (history_BT < vocab_size)
     if since_prompt:
         counted &= slot >= context.prompt_lengths_B[:, None]
     # One column past the vocabulary swallows everything that must not count.

@@ -134,6 +134,8 @@ def _check_tree(tokens: Sequence[int], parents: Sequence[int], width: int) -> No
 def _validated(tokens_BN: Tensor, valid_BN: Tensor, vocab_size: int) -> dict[str, Tensor]:
     """Ids outside the vocabulary become invalid before anything can embed them."""
     inside = (tokens_BN >= 0) & (tokens_BN < vocab_size)
+    # The root is committed; in image generation it may be a text token of another vocabulary.
+    inside[:, 0] = True
     valid_BN = valid_BN & inside
     return {"tokens_BN": torch.where(valid_BN, tokens_BN, 0), "valid_BN": valid_BN}
 
@@ -175,8 +177,8 @@ def walk(
     """Follows the choices from the root down for as long as they were drafted.
 
     A node survives if it equals the choice after its parent and its parent survives. Every node is
-    judged once, never once per path. Of duplicate siblings (a drafter may send them) the first
-    wins, because ``argmax`` returns the first deepest survivor and both carry the same token.
+    judged once, never once per path. Of duplicate siblings (a drafter may send them) only the first
+    survives: rules that test drafts would otherwise test twice and keep the longer path.
 
     Returns:
         The accepted path (M = N for a chain) and the number of accepted drafts.
@@ -188,8 +190,19 @@ def walk(
     if proposal.is_chain:
         num_accepted_B = fits.long().cumprod(1).sum(1) - 1
         return depth_BN, num_accepted_B
+    fits &= ~_repeats(proposal)
     survives = ~(proposal.ancestors_BNN & ~fits[:, None, :]).any(-1)
     reach = torch.where(survives, depth_BN, -1)
     num_accepted_B, leaf_B = reach.max(1).values, reach.argmax(1)
     path = nodes_on_path(proposal.ancestors_BNN, depth_BN, leaf_B, proposal.width)
     return path, num_accepted_B
+
+
+def _repeats(proposal: Proposal) -> Bool[Tensor, "B N"]:
+    """Nodes with the token of an earlier valid sibling."""
+    tokens_BN, parents_BN = proposal.tokens_BN, proposal.parents_BN
+    is_twin = (tokens_BN[:, :, None] == tokens_BN[:, None]) & proposal.valid_BN[:, None]
+    is_twin &= parents_BN[:, :, None] == parents_BN[:, None]
+    # The root is its own parent, but nobody's sibling.
+    is_twin &= (proposal.depth_BN > 0)[:, None]
+    return is_twin.tril(-1).any(-1)

@@ -88,6 +88,8 @@ class SpeculativeSampling:
         )
         tokens_BNK = proposal.tokens_BN[:, None].expand(-1, proposal.width, -1)
         tokens_BNK = tokens_BNK.gather(2, children_BNK.clamp(min=0))
+        # The root is nobody's child, and its token may lie outside the vocabulary.
+        tokens_BNK = torch.where(children_BNK >= 0, tokens_BNK, 0)
         return residual_choices(
             target_probs, draft_probs, tokens_BNK, children_BNK >= 0, tests, noise
         )
@@ -132,7 +134,8 @@ class IndependentRedraft(SpeculativeSampling):
 class BlockVerification:
     """Judges a chain as a whole; never accepts fewer in expectation (Sun et al. 2024, 2403.10444).
 
-    Trees are refused: the rule is defined for chains.
+    Trees are refused: the rule is defined for chains. A Jacobi drafter may use it: the guesses
+    behind the accepted block are drawn afresh from their laws, whatever stood there.
     """
 
     law: Law
@@ -161,8 +164,10 @@ class BlockVerification:
             tests,
             noise,
         )
+        # The noise behind the accepted block has decided nothing yet, so it may serve there.
+        is_behind = proposal.depth_BN > num_accepted_B[:, None]
         return Verdict(
-            choices_BN=emitted_BN,
+            choices_BN=torch.where(is_behind, sample(law_logits, noise), emitted_BN),
             path_BM=proposal.depth_BN,
             emitted_BM=emitted_BN,
             num_accepted_B=num_accepted_B,
@@ -295,14 +300,14 @@ def block_choices(
     Returns:
         The emitted tokens (accepted drafts, then the drawn token) and the number accepted.
     """
-    child_BN = torch.roll(tokens_BN, -1, 1)
+    child_BN = torch.nn.functional.pad(tokens_BN[:, 1:], (0, 1))
     has_child = torch.nn.functional.pad(valid_BN[:, 1:], (0, 1), value=False) & _sane_law(
         draft_probs
     )
     draft_at = draft_probs.nan_to_num(0.0).gather(-1, child_BN[..., None]).squeeze(-1)
     target_at = target_probs.gather(-1, child_BN[..., None]).squeeze(-1)
     has_child = (has_child & (draft_at > 0)).long().cumprod(1).bool()
-    ratio = torch.where(has_child, target_at / draft_at.clamp(min=1e-38), 0.0)
+    ratio = torch.where(has_child, target_at / draft_at.clamp(min=1e-37), 0.0)
     # w_i = min(1, w_{i-1} r_i) is a sum of logs reflected at 0: S_i - max(0, S_1, ..., S_i).
     total = torch.nn.functional.pad(ratio[:, :-1].log().cumsum(1), (1, 0))
     weight_BN = (total - total.cummax(1).values).exp()

@@ -108,9 +108,7 @@ def prefill_rows(forward: SlotForward, rows: TokenRows, num_cached: Sequence[int
     forward.prefill({"input_ids": tokens}, cached_B, num_cached)
 
 
-def commit_rows(
-    cache: SlotCache, rows: TokenRows, proposal: Proposal, verdict: Verdict
-) -> Outcome:
+def commit_rows(cache: SlotCache, rows: TokenRows, proposal: Proposal, verdict: Verdict) -> Outcome:
     """Appends what the verdict kept; of a tree, moves only the accepted path."""
     cached_B = rows.lengths_B - 1
     outcome = rows.commit(verdict)
@@ -138,4 +136,11 @@ def check_fits(model: nn.Module, rows: TokenRows) -> None:
             )
 
 
-__all__ = ["CausalTarget", "as_law_dtype", "check_fits", "commit_rows", "prefill_rows", "text_device"]
+__all__ = [
+    "CausalTarget",
+    "as_law_dtype",
+    "check_fits",
+    "commit_rows",
+    "prefill_rows",
+    "text_device",
+]

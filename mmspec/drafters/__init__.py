@@ -14,6 +14,7 @@ TABLE = {
     "none": ("mmspec.drafters.plain", "PlainDrafter"),
     "ngram": ("mmspec.drafters.ngram", "NgramDrafter"),
     "model": ("mmspec.drafters.model", "ModelDrafter"),
+    "cross_tokenizer": ("mmspec.drafters.cross_tokenizer", "CrossTokenizerDrafter"),
     "early_exit": ("mmspec.drafters.model", "EarlyExitDrafter"),
     "jacobi": ("mmspec.drafters.jacobi", "JacobiDrafter"),
 }
@@ -91,7 +92,9 @@ def build_drafter(
         options = {"num_layers": max(1, depth // 3), "shared_noise": shared_noise} | options
     else:
         if "model" not in options:
-            raise ValueError("the 'model' drafter needs a loaded model: {'name': 'model', 'model': m}")
+            raise ValueError(
+                f"the {name!r} drafter needs a loaded model: {{'name': {name!r}, 'model': m, ...}}"
+            )
         arguments = (options.pop("model"), rows, vocab_size, law)
         options = {"shared_noise": shared_noise} | options
     try:

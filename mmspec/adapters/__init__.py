@@ -1,0 +1,1 @@
+"""Kinds of targets: one file each, model-family details in tables."""

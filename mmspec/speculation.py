@@ -1,0 +1,409 @@
+"""Speculative decoding inside `transformers.generate`, and the wiring of a text engine.
+
+    model.generate(**inputs, custom_generate=mmspec.speculate(drafter="ngram"))
+
+`generate` prepares everything as always (processors, criteria, padding, limits) and calls us where
+it would start its own loop. What cannot be honoured raises a `ValueError` before any forward.
+
+Shape suffixes as in `mmspec.records`, and
+    P  columns of the padded prompts     C  columns of prompts and output
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from mmspec.adapters.causal_lm import CausalTarget, check_fits
+from mmspec.adapters.kv_exchange import check_exchangeable, export_cache, import_cache
+from mmspec.adapters.lockstep import Lockstep, sort_criteria
+from mmspec.adapters.processors import Layout, law_from_processors
+from mmspec.cache import SlotCache
+from mmspec.drafters import DrafterSpec, build_drafter, parse_spec
+from mmspec.engine import Engine
+from mmspec.forward import check_supported, text_device
+from mmspec.records import Stats
+from mmspec.rows import StopCheck, TokenRows
+from mmspec.sampling import Law, row_keys
+from mmspec.schedule import AdaptiveSchedule, FixedSchedule
+from mmspec.tree import BUCKETS
+from mmspec.verify import RULES, build_rule
+
+SCHEDULES = ("adaptive", "fixed")
+DEFAULT_WIDTH = 16
+
+#: Rules that ask something of the drafts; rules not named here take any drafter.
+RULE_DRAFTERS = {
+    # Defined for chains whose law does not change between steps.
+    "block": ("early_exit", "model", "ngram", "none"),
+    # Redraw the whole window in every step.
+    "coupled": ("jacobi",),
+    "sjd": ("jacobi",),
+}
+
+#: What `generate` passes on for a plain decoder; anything else would be dropped without a word.
+_KNOWN_INPUTS = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "logits_to_keep",
+        "past_key_values",
+        "position_ids",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to draft and how to verify, checked when made.
+
+    Attributes:
+        drafter: As in `mmspec.drafters.parse_spec`.
+        rule: A name of `mmspec.verify.RULES`.
+        width: Most nodes per row and forward, the root included; None is 16.
+        schedule: "adaptive" or "fixed".
+        compile: Compile the step's forward.
+    """
+
+    drafter: DrafterSpec = "ngram"
+    rule: str = "exact"
+    width: int | None = None
+    schedule: str = "adaptive"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses unknown names, and rules that do not fit the drafter."""
+        name, options = parse_spec(self.drafter)
+        if self.rule not in RULES:
+            raise ValueError(f"unknown rule {self.rule!r}; known: {', '.join(sorted(RULES))}")
+        fitting = RULE_DRAFTERS.get(self.rule, (name,))
+        if name not in fitting:
+            raise ValueError(
+                f"rule {self.rule!r} works with the drafters {', '.join(fitting)}; got {name!r}"
+            )
+        if self.rule == "block" and options.get("branching", 1) != 1:
+            raise ValueError(f"rule 'block' needs chains; got branching={options['branching']}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"unknown schedule {self.schedule!r}; known: {', '.join(sorted(SCHEDULES))}"
+            )
+        is_count = isinstance(self.width, int) and not isinstance(self.width, bool)
+        if self.width is not None and not (is_count and 1 <= self.width <= BUCKETS[-1]):
+            raise ValueError(
+                f"width must be None or between 1 and {BUCKETS[-1]}, got {self.width!r}"
+            )
+
+    @property
+    def max_width(self) -> int:
+        """Nodes of the widest step."""
+        return DEFAULT_WIDTH if self.width is None else self.width
+
+
+def build_engine(
+    model: nn.Module,
+    rows: TokenRows,
+    law: Law,
+    settings: Settings,
+    *,
+    cache: SlotCache | None = None,
+    num_cached: Sequence[int] | None = None,
+) -> Engine:
+    """Wires target, drafter, rule and schedule for token rows; runs nothing.
+
+    Args:
+        model: A transformers ``...ForCausalLM``.
+        rows: The rows, on the model's input device (`mmspec.forward.text_device`).
+        law: The law that tokens are drawn from.
+        settings: How to draft and verify.
+        cache: As in `CausalTarget`.
+        num_cached: As in `CausalTarget`.
+
+    Raises:
+        ValueError: If the model is not supported, a row does not fit its context, or the drafter
+            does not take its options.
+    """
+    target = CausalTarget(
+        model, rows, compile=settings.compile, cache=cache, num_cached=num_cached
+    )
+    drafter = build_drafter(
+        settings.drafter,
+        target=target,
+        rows=rows,
+        law=law,
+        max_width=settings.max_width,
+        shared_noise=settings.rule == "exact",
+    )
+    return Engine(
+        target, drafter, build_rule(settings.rule, law, rows), _schedule(settings, drafter, rows)
+    )
+
+
+def _schedule(settings: Settings, drafter: Any, rows: TokenRows) -> Any:
+    width = 1 if drafter.name == "none" else settings.max_width
+
+    def remaining() -> int:
+        return rows.max_remaining
+
+    if settings.schedule == "fixed" or width == 1:
+        return FixedSchedule(width, remaining)
+    return AdaptiveSchedule(width, remaining, is_free=getattr(drafter, "is_free", False))
+
+
+def speculate(
+    drafter: DrafterSpec = "ngram",
+    *,
+    rule: str = "exact",
+    width: int | None = None,
+    schedule: str = "adaptive",
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    compile: bool = False,
+    stateless_processors: Sequence[Any] = (),
+) -> "Speculation":
+    """Makes the callable for ``model.generate(..., custom_generate=...)``.
+
+    With the default rule greedy output equals `generate`'s token for token (up to float noise in
+    the logits), and sampled output has `generate`'s law; its tokens are those of this library's
+    own plain decoding with the same seed, not those of `torch.multinomial`.
+
+    Args:
+        drafter: A name ("ngram", "jacobi", "early_exit", ...), a mapping with ``name`` and
+            options, or a loaded smaller model.
+        rule: "exact", or a rule that keeps the law only: "speculative", "block", "coupled", "sjd".
+        width: Most nodes per row and forward, the root included; None is 16.
+        schedule: "adaptive" drafts as much as pays, "fixed" always ``width``.
+        generator: One for all rows, one per row (after ``num_return_sequences``), or None for
+            torch's global generator.
+        compile: Compile the step's forward.
+        stateless_processors: Classes of your own logits processors, or the objects, that depend
+            on ``(input_ids, scores)`` of a row alone and keep nothing between calls.
+
+    Returns:
+        The callable; its ``stats`` hold the figures of its last call.
+
+    Raises:
+        ValueError: On unknown names or numbers out of range. When called: naming what cannot be
+            honoured (beam search, assisted generation, a stateful logits processor or cache,
+            ``output_scores``, ...).
+
+    Example:
+        >>> import mmspec
+        >>> fast = mmspec.speculate(drafter="ngram")
+        >>> out = model.generate(**inputs, custom_generate=fast)  # doctest: +SKIP
+        >>> fast.stats.tau  # doctest: +SKIP
+        2.9
+
+    Note:
+        transformers 5.23 does not hand ``tokenizer=`` on to callables, so ``stop_strings=`` raises
+        in `generate` itself. Pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
+    """
+    settings = Settings(
+        drafter=drafter, rule=rule, width=width, schedule=schedule, compile=compile
+    )
+    return Speculation(settings, generator, tuple(stateless_processors))
+
+
+class Speculation:
+    """What `speculate` returns.
+
+    Attributes:
+        settings: How it drafts and verifies.
+        stats: Figures of the last call, None before.
+        row_stats: The same per row.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        stateless_processors: tuple[Any, ...],
+    ) -> None:
+        """Use `speculate`."""
+        self.settings = settings
+        self.stats: Stats | None = None
+        self.row_stats: tuple[Stats, ...] = ()
+        self._generator = generator
+        self._stateless = stateless_processors
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The decoding loop of `generate`; called by it with what it has prepared.
+
+        Returns:
+            Sequences ``[B, C]`` int64, or a `GenerateDecoderOnlyOutput` with ``sequences`` and
+            ``past_key_values``.
+
+        Raises:
+            ValueError: As in `speculate`.
+        """
+        dropped = _dropped_by_generate()
+        streamer = streamer if streamer is not None else dropped.get("streamer")
+        _check_mode(model, generation_config, dropped | {"synced_gpus": synced_gpus}, model_kwargs)
+        is_token_BP = _token_mask(input_ids, model_kwargs)
+        layout = Layout(
+            prompt_ids_BP=input_ids,
+            is_token_BP=is_token_BP,
+            vocab_size=model.get_output_embeddings().weight.shape[0],
+        )
+        law = law_from_processors(
+            logits_processor,
+            layout,
+            is_greedy=not generation_config.do_sample,
+            stateless=self._stateless,
+        )
+        ends = sort_criteria(stopping_criteria)
+        pad = generation_config._pad_token_tensor
+        lockstep = Lockstep(input_ids, ends, None if pad is None else int(pad), streamer)
+        rows = TokenRows(
+            [ids[mask].tolist() for ids, mask in zip(input_ids, is_token_BP, strict=True)],
+            max_new_tokens=[lockstep.budget] * len(input_ids),
+            keys_B=row_keys(self._generator, len(input_ids)),
+            eos_token_ids=ends.eos_token_ids,
+            stop_check=lockstep.stop_check,
+            device=text_device(model),
+        )
+        check_fits(model, rows)
+        past = model_kwargs.get("past_key_values")
+        cache, num_cached = _imported(past, is_token_BP, rows)
+        engine = build_engine(model, rows, law, self.settings, cache=cache, num_cached=num_cached)
+        result = engine.run(lambda record, outcome: lockstep.advance(rows))
+        self.stats, self.row_stats = result.stats, result.row_stats
+        sequences = lockstep.finish()
+        wants_dict = generation_config.return_dict_in_generate
+        if past is not None and (wants_dict or getattr(past, "_is_user_defined", False)):
+            past = _exported(past, engine.target, lockstep.is_token_BC(is_token_BP)[:, :-1])
+        if wants_dict:
+            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past)
+        return sequences
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+def _dropped_by_generate() -> Mapping[str, Any]:
+    """Arguments of `generate` that it does not pass to a callable, read from its own frame.
+
+    transformers 5.23 rebuilds the extra arguments for a callable from unnamed ones only, so
+    `streamer=` (which has been shown the prompt by then and would wait for ever) and
+    `assistant_model=` get lost without a word.
+    """
+    caller = sys._getframe(2)
+    if caller.f_code.co_name != "generate":
+        return {}
+    names = ("streamer", "assistant_model", "synced_gpus")
+    return {name: caller.f_locals.get(name) for name in names}
+
+
+def _check_mode(
+    model: Any, config: Any, dropped: Mapping[str, Any], model_kwargs: Mapping[str, Any]
+) -> None:
+    """Refuses what is not plain greedy decoding or sampling of a supported decoder."""
+    check_supported(model)
+    mode = config.get_generation_mode(dropped.get("assistant_model"))
+    if mode not in ("greedy_search", "sample"):
+        raise ValueError(
+            f"generation mode {str(mode.value)!r} cannot be combined with custom_generate="
+            f"speculate(); only greedy search and sampling can (num_beams={config.num_beams}, "
+            f"assistant_model={type(dropped.get('assistant_model')).__name__}, "
+            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens})"
+        )
+    if dropped.get("synced_gpus"):
+        raise ValueError("synced_gpus=True (ZeRO-3, FSDP) is not supported by speculate()")
+    if config.return_dict_in_generate:
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if getattr(config, name):
+                raise ValueError(f"{name}=True is not supported by speculate()")
+    if config.cache_implementation in ("quantized", "offloaded", "offloaded_static"):
+        raise ValueError(
+            f"cache_implementation={config.cache_implementation!r} is not supported by speculate()"
+        )
+    unknown = sorted(
+        name
+        for name, value in model_kwargs.items()
+        if value is not None and name not in _KNOWN_INPUTS
+    )
+    if unknown:
+        raise ValueError(f"model inputs not supported by speculate(): {', '.join(unknown)}")
+
+
+def _token_mask(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
+    """Which columns of the prompts are tokens, bool ``[B, P]``.
+
+    Raises:
+        ValueError: If the mask or the position ids are not those of left-padded whole prompts.
+    """
+    mask = model_kwargs.get("attention_mask")
+    if mask is None:
+        is_token = torch.ones_like(input_ids, dtype=torch.bool)
+    elif mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns and input_ids {input_ids.shape[1]}; "
+            "with reused past_key_values, pass the whole input_ids, cached part included"
+        )
+    else:
+        is_token = mask.to(input_ids.device) != 0
+    if not bool(is_token[:, -1].all()):
+        raise ValueError("prompts must be padded on the left; a row of attention_mask ends in 0")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:
+        expected = is_token.long().cumsum(1) - 1
+        given = positions.to(expected.device).expand(*positions.shape[:-2], *expected.shape)
+        if positions.shape[-1] != expected.shape[1] or not bool(
+            (given == expected)[..., is_token].all()
+        ):
+            raise ValueError("position_ids must count each row's tokens from 0; others are given")
+    return is_token
+
+
+# --------------------------------------------------------------------------- reused caches
+
+
+def _imported(
+    past: Any, is_token_BP: Tensor, rows: TokenRows
+) -> tuple[SlotCache | None, list[int] | None]:
+    """The slot cache of a reused cache, and how much of each row it holds."""
+    if past is None:
+        return None, None
+    is_users = getattr(past, "_is_user_defined", False)
+    if is_users:
+        check_exchangeable(past)
+    num_columns = past.get_seq_length()
+    if num_columns == 0:
+        return None, None
+    if num_columns >= is_token_BP.shape[1]:
+        raise ValueError(
+            f"past_key_values holds {num_columns} columns and input_ids only "
+            f"{is_token_BP.shape[1]}; pass the whole input_ids, cached part included"
+        )
+    device = rows.lengths_B.device
+    cache = import_cache(past, is_token_BP.to(device), rows.capacity)
+    return cache, is_token_BP[:, :num_columns].sum(1).tolist()
+
+
+def _exported(past: Any, target: CausalTarget, is_token_BC: Tensor) -> DynamicCache:
+    """Refills the cache that `generate` was given, as its own loop would leave it."""
+    if not isinstance(past, DynamicCache):
+        # A static cache that `generate` has just made; it is empty and too small for drafts.
+        past = DynamicCache(config=target.forward.model.config.get_text_config(decoder=True))
+    rows = target.rows
+    if rows.num_rows > 1:
+        # A row that ended in the last step has its last token not cached yet.
+        host_cached = [len(tokens) - 1 for tokens in rows.host_tokens]
+        last = {"input_ids": rows.roots_B()[:, None]}
+        target.forward.prefill(last, rows.lengths_B - 1, host_cached)
+    export_cache(target.forward.cache, past, is_token_BC.to(rows.lengths_B.device))
+    return past
