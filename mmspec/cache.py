@@ -127,6 +127,8 @@ class SlotCache(Cache):
 
     def first_layers(self, count: int) -> "SlotCache":
         """A cache that shares the buffers of the first layers (for an early-exit drafter)."""
+        while len(self.layers) < count:  # before the first forward there are none
+            self.layers.append(self.layer_class_to_replicate())
         shared = SlotCache.__new__(SlotCache)
         Cache.__init__(shared, layers=self.layers[:count])
         shared.cursor = self.cursor

@@ -7,13 +7,16 @@ output that was made with other settings is refused rather than mixed.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmspec.pictures import read_png_metadata, save_png, step_map, upscale
+from mmspec.pictures import contact_sheet, read_png_metadata, save_png, step_map, upscale
+from mmspec.pipelines.image import DECODERS
+from mmspec.records import Stats
 
 Report = Callable[[str], None]
 
@@ -128,7 +131,7 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def run_text_file(
-    pipe: Any,
+    load: Callable[[], Any],
     items: Sequence[Item],
     out: str | Path,
     *,
@@ -142,7 +145,7 @@ def run_text_file(
     """Answers text requests, one JSON line each.
 
     Args:
-        pipe: A text pipeline.
+        load: Gives a text pipeline; called only if something is missing.
         items: The requests.
         out: JSONL to append to; flushed after every batch.
         settings: Written into each row, and compared when a run is continued.
@@ -161,7 +164,7 @@ def run_text_file(
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
         for batch in _batches(missing, max_new_tokens, batch_size):
-            result = pipe(
+            result = load()(
                 [item.prompt for item in batch],
                 max_new_tokens=batch[0].max_new_tokens or max_new_tokens,
                 generator=generators([seed + item.index for item in batch]),
@@ -197,64 +200,105 @@ def _batches(items: Sequence[Item], budget: int, batch_size: int) -> Iterator[li
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """One image to make as a file of its own.
+class ImageSettings:
+    """What all images of a run share.
 
     Attributes:
-        path: The file.
-        prompt: What it shows.
-        seed: Seed of its generator.
+        model: Name of the model.
+        decoder: As in the image pipeline.
+        window: Codes per forward, or None for the pipeline's own choice.
+        guidance: Guidance scale.
+        temperature: 0 is greedy.
+        scale: Enlargement of the saved files.
+        dtype: Name of the weights' type.
     """
 
-    path: Path
-    prompt: str
-    seed: int
+    model: str
+    decoder: str
+    window: int | None
+    guidance: float
+    temperature: float
+    scale: int
+    dtype: str
+
+    def check(self) -> None:
+        """Refuses an unknown decoder before a model is loaded.
+
+        Raises:
+            ValueError: With the known ones.
+        """
+        if self.decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {self.decoder!r}; known: {', '.join(DECODERS)}")
+
+    def chunks(self, prompt: str, seed: int | str) -> dict[str, str]:
+        """The text chunks of an image."""
+        shared = {name: str(value) for name, value in asdict(self).items()}
+        shared["window"] = "auto" if self.window is None else str(self.window)
+        return {"prompt": prompt, "seed": str(seed), **shared, "mmspec": version("mmspec")}
+
+    def call_options(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call."""
+        return {
+            "decoder": self.decoder,
+            "window": self.window,
+            "guidance_scale": self.guidance,
+            "temperature": self.temperature,
+        }
 
 
-def run_image_files(
-    pipe: Callable[[], Any],
-    pictures: Sequence[Picture],
-    *,
-    settings: Mapping[str, str],
-    scale: int,
-    batch_size: int,
-    report: Report,
-    steps_map: bool = False,
-    **options: Any,
-) -> tuple[list[Any], int]:
-    """Makes single PNG files; those that exist with the same metadata are left as they are.
+@dataclass(slots=True, kw_only=True)
+class ImageSummary:
+    """What an image run did.
 
-    Args:
-        pipe: Called when the first image is needed; returns an image pipeline.
-        pictures: What to make.
-        settings: Text chunks that all files share; prompt and seed are added.
-        scale: Enlargement.
-        batch_size: Images decoded together.
-        report: Told the progress, a line at a time.
-        steps_map: Also write each step map, as ``NAME.steps.png``.
-        **options: Passed to the pipeline's call.
-
-    Returns:
-        The statistics of each batch, and how many images were there already.
+    Attributes:
+        out: The sheet or the folder.
+        num_skipped: Images that were there already.
+        batches: Figures of each batch.
     """
-    missing = [p for p in pictures if not _is_there(p, settings, steps_map)]
-    stats = []
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        result = pipe()(
-            [picture.prompt for picture in batch],
-            generator=generators([picture.seed for picture in batch]),
-            **options,
+
+    out: Path
+    num_images: int = 0
+    num_skipped: int = 0
+    batches: list[Stats] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "out": str(self.out),
+            "num_images": self.num_images,
+            "num_skipped": self.num_skipped,
+            "batches": [stats.to_dict() for stats in self.batches],
+        }
+
+    def line(self) -> str:
+        """One line for people."""
+        made = f"{self.out}: {self.num_images} made"
+        if self.num_skipped:
+            made += f", {self.num_skipped} were there already"
+        if not self.batches:
+            return made
+        forwards = sum(stats.num_target_forwards for stats in self.batches)
+        seconds = sum(stats.wall_time_s for stats in self.batches)
+        # Rows that go through a forward together count one each: units are codes of an image.
+        row_steps = sum(stats.num_units / max(stats.tau, 1e-9) for stats in self.batches)
+        tau = sum(stats.num_units for stats in self.batches) / max(row_steps, 1e-9)
+        return (
+            f"{made}, {forwards} forwards, tau {tau:.2f}, {seconds:.2f} s "
+            f"({self.batches[0].guarantee})"
         )
-        stats.append(result.stats)
-        for row, picture in enumerate(batch):
-            chunks = _chunks(picture, settings)
-            if steps_map:  # before the image, whose presence says that both are done
-                drawn = upscale(step_map(result.step_maps[row]), scale)
-                save_png(drawn, steps_path(picture.path), chunks)
-            save_png(upscale(result.images[row], scale), picture.path, chunks)
-        report(f"{start + len(batch)}/{len(missing)} {batch[-1].path.name}")
-    return stats, len(pictures) - len(missing)
+
+
+def image_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file for images.
+
+    Raises:
+        ValueError: If an item is a chat; see also `read_items`.
+    """
+    items = read_items(path)
+    for item in items:
+        if not isinstance(item.prompt, str):
+            raise ValueError(f"{path}: item {item.id!r} has messages; an image needs a 'prompt'")
+    return [item.prompt for item in items]
 
 
 def steps_path(path: Path) -> Path:
@@ -262,10 +306,104 @@ def steps_path(path: Path) -> Path:
     return path.with_suffix(".steps.png")
 
 
-def _is_there(picture: Picture, settings: Mapping[str, str], steps_map: bool) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    path: Path
+    prompt: str
+    seed: int
+
+
+def run_image_files(
+    load: Callable[[], Any],
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    num: int,
+    seed: int,
+    settings: ImageSettings,
+    batch_size: int,
+    steps_map: bool,
+    report: Report,
+) -> ImageSummary:
+    """Makes single PNG files; those that exist with the same metadata are left as they are.
+
+    Files are called ``PROMPT-IMAGE.png``, both counted from 0.
+
+    Args:
+        load: Gives an image pipeline; called only if something is missing.
+        prompts: What to draw.
+        out: The folder.
+        num: Images of each prompt.
+        seed: Seed of image 0 of each prompt; image k has ``seed + k``.
+        settings: What the images share.
+        batch_size: Images decoded together.
+        steps_map: Also write each step map, as ``NAME.steps.png``.
+        report: Told the progress, a line at a time.
+
+    Returns:
+        What was done.
+    """
+    pictures = [
+        _Picture(out / f"{row:04d}-{k:02d}.png", prompt, seed + k)
+        for row, prompt in enumerate(prompts)
+        for k in range(num)
+    ]
+    missing = [p for p in pictures if not _is_there(p, settings, steps_map)]
+    summary = ImageSummary(out=out, num_skipped=len(pictures) - len(missing))
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        result = _draw(load(), batch, settings)
+        for row, picture in enumerate(batch):
+            chunks = settings.chunks(picture.prompt, picture.seed)
+            if steps_map:  # before the image, whose presence says that both are done
+                drawn = upscale(step_map(result.step_maps[row]), settings.scale)
+                save_png(drawn, steps_path(picture.path), chunks)
+            save_png(upscale(result.images[row], settings.scale), picture.path, chunks)
+        summary.batches.append(result.stats)
+        summary.num_images += len(batch)
+        report(f"{summary.num_images}/{len(missing)} {batch[-1].path.name}")
+    return summary
+
+
+def save_sheet(
+    load: Callable[[], Any],
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    num: int,
+    seed: int,
+    settings: ImageSettings,
+    batch_size: int,
+    steps_map: bool,
+    report: Report,
+) -> ImageSummary:
+    """Makes the images of one prompt and saves them on one sheet; arguments as above."""
+    pictures = [_Picture(out, prompts[0], seed + k) for k in range(num)]
+    summary = ImageSummary(out=out, num_images=num)
+    images, maps = [], []
+    for start in range(0, num, batch_size):
+        result = _draw(load(), pictures[start : start + batch_size], settings)
+        images += [upscale(image, settings.scale) for image in result.images]
+        maps += [upscale(step_map(drawn), settings.scale) for drawn in result.step_maps]
+        summary.batches.append(result.stats)
+        if num > batch_size:
+            report(f"{len(images)}/{num}")
+    chunks = settings.chunks(prompts[0], seed if num == 1 else f"{seed}..{seed + num - 1}")
+    if steps_map:
+        save_png(contact_sheet(maps), steps_path(out), chunks)
+    save_png(contact_sheet(images), out, chunks)
+    return summary
+
+
+def _draw(pipe: Any, pictures: Sequence[_Picture], settings: ImageSettings) -> Any:
+    return pipe(
+        [picture.prompt for picture in pictures],
+        generator=generators([picture.seed for picture in pictures]),
+        **settings.call_options(),
+    )
+
+
+def _is_there(picture: _Picture, settings: ImageSettings, steps_map: bool) -> bool:
     paths = [picture.path, steps_path(picture.path)] if steps_map else [picture.path]
-    return all(read_png_metadata(path) == _chunks(picture, settings) for path in paths)
-
-
-def _chunks(picture: Picture, settings: Mapping[str, str]) -> dict[str, str]:
-    return {"prompt": picture.prompt, "seed": str(picture.seed), **settings}
+    wanted = settings.chunks(picture.prompt, picture.seed)
+    return all(read_png_metadata(path) == wanted for path in paths)

@@ -61,6 +61,8 @@ class Ledger:
             self.units = [[] for _ in outcome.new_units]
         for row, new in zip(self.units, outcome.new_units, strict=True):
             row.extend(new)
+        for row, count in zip(self.units, outcome.num_retracted, strict=False):
+            del row[len(row) - count :]
         step = StepRecord(
             index=len(self.steps),
             width=proposal.width,

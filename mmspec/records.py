@@ -122,12 +122,15 @@ class Outcome:
         num_accepted: Accepted drafts per row before end-of-sequence and limits cut them.
         done: Whether each row has ended.
         was_active: Whether each row took part in the step.
+        num_retracted: Units of earlier steps that a row's stop check took back (a stop string may
+            begin before the step that completes it); empty where there were none.
     """
 
     new_units: tuple[list[int], ...]
     num_accepted: tuple[int, ...]
     done: tuple[bool, ...]
     was_active: tuple[bool, ...]
+    num_retracted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -170,35 +170,38 @@ class TokenRows:
         was_active = tuple(not done for done in self.host_done)
         new_units: list[list[int]] = []
         num_accepted: list[int] = []
+        num_retracted: list[int] = []
         for row, (count, done, accepted, *emitted) in enumerate(packed):
             new = emitted[:count]
             self.host_tokens[row].extend(new)
             self.host_done[row] = bool(done)
-            kept = self._stop_here(row, len(new)) if new else len(new)
-            new_units.append(new[:kept])
+            dropped = self._stop_here(row) if new else 0
+            new_units.append(new[: max(count - dropped, 0)])
             num_accepted.append(accepted if was_active[row] else 0)
+            num_retracted.append(max(dropped - count, 0))
         return Outcome(
             new_units=tuple(new_units),
             num_accepted=tuple(num_accepted),
             done=tuple(self.host_done),
             was_active=was_active,
+            num_retracted=tuple(num_retracted) if any(num_retracted) else (),
         )
 
-    def _stop_here(self, row: int, num_new: int) -> int:
-        """Asks the stop check and cuts the row if it says so; returns how many stay."""
+    def _stop_here(self, row: int) -> int:
+        """Asks the stop check and cuts the row if it says so; returns how many tokens go."""
         if self._stop_check is None:
-            return num_new
+            return 0
         output = self.new_tokens(row)
         keep = self._stop_check(row, output)
         if keep is None:
-            return num_new
-        dropped = len(output) - keep
-        if dropped:
-            del self.host_tokens[row][-dropped:]
+            return 0
+        if not 0 <= keep <= len(output):
+            raise ValueError(f"stop_check must keep 0 to {len(output)} tokens, got {keep}")
+        del self.host_tokens[row][self.prompt_lengths[row] + keep :]
         self.host_done[row] = True
         self.done_B[row] = True
         self.lengths_B[row] = len(self.host_tokens[row])
-        return max(num_new - dropped, 0)
+        return len(output) - keep
 
 
 def _cut(

@@ -16,7 +16,7 @@ from mmspec.tree import bucket, pack_trees
 
 # Longest context that is told apart when acceptance is learned; longer ones share its figures.
 _LONGEST_CLASS = 24
-# Weight of the prior m / (m + 1), in observations.
+# Weight of the prior m / (m + 2), in observations.
 _PRIOR = 4.0
 
 
@@ -132,7 +132,7 @@ class _Trust:
 
     def __init__(self) -> None:
         self._tried = [_PRIOR] * (_LONGEST_CLASS + 1)
-        self._held = [_PRIOR * m / (m + 1) for m in range(_LONGEST_CLASS + 1)]
+        self._held = [_PRIOR * m / (m + 2) for m in range(_LONGEST_CLASS + 1)]
 
     def cut(self, draft: Draft, min_survival: float) -> Draft:
         """Drops the nodes that survive too rarely to be worth their verification."""
