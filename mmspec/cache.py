@@ -122,7 +122,7 @@ class SlotCache(Cache):
         offset = torch.arange(path_BM.shape[1], device=path_BM.device)
         source, target = cached_B[:, None] + path_BM, cached_B[:, None] + offset
         last = self.cursor.capacity - 1
-        for layer in self.layers:
+        for layer in self._filled():
             layer.move(source.clamp(max=last), target.clamp(max=last))
 
     def first_layers(self, count: int) -> "SlotCache":
@@ -134,10 +134,13 @@ class SlotCache(Cache):
         shared.cursor = self.cursor
         return shared
 
+    def _filled(self) -> list[SlotLayer]:
+        return [layer for layer in self.layers if layer.is_initialized]
+
     def select_rows(self, rows: Int[Tensor, "R"]) -> None:
         """Keeps only some rows, in the given order."""
         self.cursor.num_rows = rows.shape[0]
-        for layer in self.layers:
+        for layer in self._filled():
             layer.keys = layer.keys.index_select(0, rows.to(layer.keys.device))
             layer.values = layer.values.index_select(0, rows.to(layer.values.device))
 
@@ -146,7 +149,7 @@ class SlotCache(Cache):
         if capacity <= self.capacity:
             return
         self.cursor.capacity = capacity + 1
-        for layer in self.layers:
+        for layer in self._filled():
             for name in ("keys", "values"):
                 old = getattr(layer, name)
                 grown = old.new_zeros((*old.shape[:2], capacity + 1, old.shape[3]))

@@ -28,8 +28,8 @@ app = typer.Typer(
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench", help="Measure; ends with one JSON line.")
 
-KNOWN_TEXT_MODELS = "smollm2, a folder, or a hub id"
-KNOWN_IMAGE_MODELS = "bundled:avatars, a folder, or a hub id"
+KNOWN_TEXT_MODELS = "smollm2, a folder, or a hub id OWNER/NAME"
+KNOWN_IMAGE_MODELS = "bundled:avatars, a folder, or a hub id OWNER/NAME"
 
 
 def _examples(*lines: str) -> str:
@@ -101,6 +101,9 @@ def _quiet() -> None:
 
 def _load(pipeline: str, model: str, known: str, dtype: str, device: str) -> Any:
     """Loads a pipeline; a model that cannot be had is reported by name with what can."""
+    if not model.startswith(("bundled:", "smollm2")) and "/" not in model:
+        if not Path(model).is_dir():
+            raise ValueError(f"unknown model {model!r}; known: {known}")
     _quiet()
     import torch
 
@@ -156,6 +159,9 @@ def text(
     stop: Annotated[
         list[str] | None, typer.Option(help="End at this text; may be given again.")
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
     batch_size: BatchOption = 1,
     dtype: DtypeOption = "float32",
@@ -176,9 +182,9 @@ def text(
         from mmspec.drafters import parse_spec
 
         parse_spec(drafter)
-        options = {"temperature": temperature, "stop": stop or None, "drafter": drafter}
+        options = {"temperature": temperature, "stop": stop or [], "drafter": drafter}
         settings = {"model": model, "dtype": dtype, "max_new_tokens": max_new_tokens, "seed": seed}
-        settings |= options
+        settings |= options | {"raw": raw}
         load = _loader("SpeculativeTextPipeline", model, KNOWN_TEXT_MODELS, dtype, device)
         if file is not None and out is not None:
             _text_file(load, file, out, settings, options, batch_size, as_json)
@@ -218,6 +224,7 @@ def _text_file(
         seed=settings["seed"],
         max_new_tokens=settings["max_new_tokens"],
         batch_size=batch_size,
+        raw=settings["raw"],
         report=_note,
         **options,
     )
@@ -225,6 +232,9 @@ def _text_file(
     summary = {"out": str(out), "answered": new, "skipped": old, "time_s": round(seconds, 3)}
     line = f"{out}: {new} answered, {old} were there already, {seconds:.1f} s"
     typer.echo(json.dumps(summary) if as_json else line)
+
+
+_STREAMED = {"skip_prompt": True, "skip_special_tokens": True}
 
 
 def _text_once(
@@ -236,16 +246,15 @@ def _text_once(
     stream: bool,
     as_json: bool,
 ) -> None:
-    from mmspec.jobs import generators
+    from mmspec.jobs import as_request, generators
 
     shown = stream and not as_json and out is None
     if shown:
         from transformers import TextStreamer
 
-        pipe.set_progress_bar_config(disable=True)
-        options = options | {"streamer": TextStreamer(pipe.tokenizer, skip_special_tokens=True)}
+        options = options | {"streamer": TextStreamer(pipe.tokenizer, **_STREAMED)}
     result = pipe(
-        prompt,
+        as_request(pipe, prompt, raw=settings["raw"]),
         max_new_tokens=settings["max_new_tokens"],
         generator=generators([settings["seed"]]),
         **options,
@@ -425,8 +434,11 @@ def _bench(context: typer.Context, name: str) -> None:
     """Hands the arguments on to `mmspec.bench.NAME.run`."""
     with one_line_reasons("--debug" in context.args):
         _quiet()
-        command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        command.command()(importlib.import_module(f"mmspec.bench.{name}").run)
+        command = typer.Typer(
+            add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+        )
+        run = importlib.import_module(f"mmspec.bench.{name}").run
+        command.command(help=(run.__doc__ or "").split("Returns:")[0])(run)
         code = command(
             args=[argument for argument in context.args if argument != "--debug"],
             prog_name=f"mmspec bench {name}",

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mmspec.cache import SlotCache, slot_mask
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
+# Chunks up to this many tokens are fed at once, logits and all.
+WIDE = 32
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -39,6 +41,10 @@ def check_supported(model: nn.Module) -> None:
         raise ValueError(f"{name} uses ALiBi, which ties positions to padded masks")
     if config.model_type in ("bloom", "mpt"):
         raise ValueError(f"{name} uses ALiBi, which ties positions to padded masks")
+    if config.model_type == "gpt_neo":
+        raise ValueError(f"{name} has a mask of its own that counts slots, not positions")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{name} takes no position_ids, which ragged rows need")
     attention = config._attn_implementation
     if attention not in SUPPORTED_ATTENTION:
         raise ValueError(
@@ -126,6 +132,48 @@ class SlotForward:
             num_keep=1,
             allow_compiled=False,
         )
+
+    def extend(
+        self, ids_BN: Tensor, num_cached: Sequence[int], counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Feeds a right-padded chunk of tokens behind what each row has cached.
+
+        Args:
+            ids_BN: Token ids; entries past a row's count are padding.
+            num_cached: Tokens each row has cached.
+            counts: Tokens of the chunk that count, at least one per row.
+
+        Returns:
+            The logits behind each row's last token, ``[B, 1, V]`` in float32 or float64, and that
+            token's position ``[B, 1]``.
+        """
+        if ids_BN.shape[1] > WIDE:
+            # Logits of a whole prompt would fill the memory: cache it, then feed its last token.
+            cached_B = torch.tensor(list(num_cached), device=ids_BN.device)
+            self.prefill({"input_ids": ids_BN}, cached_B, num_cached)
+            last = torch.tensor(list(counts), device=ids_BN.device)[:, None] - 1
+            ids_BN = ids_BN.gather(1, last)
+            num_cached = [n + count - 1 for n, count in zip(num_cached, counts, strict=True)]
+            counts = [1] * len(counts)
+        num_rows, num_nodes = ids_BN.shape
+        node = torch.arange(num_nodes, device=ids_BN.device)
+        cached_B = torch.tensor(list(num_cached), device=ids_BN.device)
+        output = self.run(
+            {"input_ids": ids_BN},
+            cached_B=cached_B,
+            host_cached=num_cached,
+            depth_BN=node.expand(num_rows, -1),
+            ancestors_BNN=(node[:, None] >= node).expand(num_rows, -1, -1),
+            positions_BN=cached_B[:, None] + node,
+            is_chain=True,
+        )
+        logits: Tensor = output.logits  # type: ignore[attr-defined]
+        last_B1 = torch.tensor(list(counts), device=ids_BN.device)[:, None] - 1
+        if num_nodes > 1:
+            at_last = last_B1[..., None].expand(-1, -1, logits.shape[-1]).to(logits.device)
+            logits = logits.gather(1, at_last)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits.to(ids_BN.device), cached_B[:, None] + last_B1
 
     def run(
         self,

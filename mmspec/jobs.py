@@ -130,6 +130,21 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def as_request(pipe: Any, prompt: Any, *, raw: bool) -> Any:
+    """A text as the user's turn of a chat, where the model has a chat template.
+
+    Args:
+        pipe: A text pipeline.
+        prompt: A text, or messages, which stay as they are.
+        raw: Leave texts as they are too.
+    """
+    if raw or not isinstance(prompt, str):
+        return prompt
+    if getattr(pipe.tokenizer, "chat_template", None) is None:
+        return prompt
+    return [{"role": "user", "content": prompt}]
+
+
 def run_text_file(
     load: Callable[[], Any],
     items: Sequence[Item],
@@ -139,6 +154,7 @@ def run_text_file(
     seed: int,
     max_new_tokens: int,
     batch_size: int,
+    raw: bool,
     report: Report,
     **options: Any,
 ) -> tuple[int, int]:
@@ -152,6 +168,7 @@ def run_text_file(
         seed: Seed of the first item; item k of the file has ``seed + k``.
         max_new_tokens: Budget of items without their own.
         batch_size: Items decoded together.
+        raw: Continue texts as they are; see `as_request`.
         report: Told the progress, a line at a time.
         **options: Passed to the pipeline's call.
 
@@ -164,8 +181,9 @@ def run_text_file(
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
         for batch in _batches(missing, max_new_tokens, batch_size):
-            result = load()(
-                [item.prompt for item in batch],
+            pipe = load()
+            result = pipe(
+                [as_request(pipe, item.prompt, raw=raw) for item in batch],
                 max_new_tokens=batch[0].max_new_tokens or max_new_tokens,
                 generator=generators([seed + item.index for item in batch]),
                 **options,

@@ -5,6 +5,7 @@ rules that keep a law (docs/schedule.md).
 """
 
 import logging
+import math
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -49,20 +50,32 @@ def _clamped(width: int, remaining: int) -> int:
 class AdaptiveSchedule:
     """Drafts as much as pays: expected units per second from measured acceptance and cost.
 
-    With conditional acceptance ``a_k`` at depth k, a step of width w brings
-    ``1 + a_1 + a_1 a_2 + ...`` units and costs what steps of that width took lately; the width with
-    the best ratio wins. If plain decoding wins, the drafter rests and is probed again at growing
-    intervals, so a useless drafter costs a bounded share of the time.
+    With conditional acceptance ``a_k`` at depth k, a row of width w gets ``1 + a_1 + a_1 a_2 + ...``
+    units from a step that costs what steps of that width took lately; the width with the best ratio
+    wins. Where the drafter is silent the step is plain, so the ratio is taken over both.
+
+    If plain decoding wins, drafts are a probe, and probes are paid from a budget: what they lose
+    against plain decoding may grow to a fixed share of the time, so a useless drafter costs that
+    share at most and a drafter that becomes useful is noticed.
     """
 
     #: Steps of one width whose median is its cost.
     MEMORY = 9
     #: Weight of old evidence, per drafted step.
     DECAY = 0.97
-    #: Plain steps are timed again this often.
+    #: How many trials the guess for a depth counts, which is the rate of the depth before it.
+    PRIOR_TRIALS = 2.0
+    #: Acceptance of the first draft before anything is known.
+    PRIOR_RATE = 0.6
+    #: Plain steps are timed again this often, as long as the gain is below the next figure.
     PLAIN_EVERY = 64
-    #: Drafted steps before the schedule may say that speculation does not pay.
-    PATIENCE = 8
+    CLEAR_GAIN = 3.0
+    #: Share of the time that probes may lose.
+    PROBE_SHARE = 0.02
+    #: Plain steps that probes may lose on top, mostly at the start.
+    GRACE = 4
+    #: Steps before the schedule may say that speculation does not pay.
+    PATIENCE = 48
 
     def __init__(
         self, max_width: int, remaining: Callable[[], int], *, is_free: bool = False
@@ -73,7 +86,7 @@ class AdaptiveSchedule:
             max_width: Largest width, a bucket.
             remaining: Largest number of units that an active row may still get.
             is_free: The drafter costs next to nothing and stays silent when it has no guess
-                (retrieval), so plain steps happen by themselves and need not be forced.
+                (retrieval), so plain steps happen by themselves and are forced only if they do not.
 
         Raises:
             ValueError: If ``max_width`` is out of range.
@@ -84,94 +97,141 @@ class AdaptiveSchedule:
         self._remaining = remaining
         self._is_free = is_free
         self._costs: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=self.MEMORY))
-        self._tried = [2.0] * BUCKETS[-1]
-        self._accepted = [1.2] * BUCKETS[-1]
+        self._levels: dict[int, float] = {}
+        self._tried = [0.0] * BUCKETS[-1]
+        self._accepted = [0.0] * BUCKETS[-1]
+        self._share_of_steps = 1.0  # of the steps that may draft, those with any draft
+        self._share_of_rows = 1.0  # of the rows of those steps, those with a draft
         self._steps = 0
-        self._drafted_steps = 0
-        self._rest = 0
-        self._next_rest = 4
+        self._asked = 1
+        self._elapsed_s = 0.0
+        self._lost_s = 0.0
+        self._gain = 1.0  # of the best width over plain decoding
         self._warned = False
 
     def plan(self) -> Plan:
         """Returns the plan of the next step."""
         self._steps += 1
-        if not self._widths:
-            return Plan(width=1)
-        if self._rest > 0:
-            self._rest -= 1
-            return Plan(width=1)
-        if not self._is_free and self._steps % self.PLAIN_EVERY == 2:
-            return Plan(width=1)
-        width = self._best_width()
-        if width == 1:
-            self._start_rest()
-            width = self._widths[0] if self._is_free else 1
-        else:
-            self._next_rest = 4
-        return Plan(width=_clamped(width, self._remaining()))
+        self._asked = 1
+        if self._widths and not self._is_plain_due():
+            self._asked = _clamped(self._chosen_width(), self._remaining())
+        return Plan(width=self._asked)
 
     def observe(self, record: StepRecord) -> None:
         """Learns the cost and the acceptance of a finished step."""
         self._costs[record.width].append(record.wall_time_s)
-        if not any(record.num_drafted):
+        self._elapsed_s += record.wall_time_s
+        if self._asked == 1:
             return
-        self._drafted_steps += 1
-        for depth in range(max(record.num_levels)):
-            pairs = [
-                (accepted, levels)
-                for accepted, levels, active in zip(
-                    record.num_accepted, record.num_levels, record.was_active, strict=True
-                )
-                if active and levels > depth and accepted >= depth
-            ]
-            if not pairs:
-                break
-            self._tried[depth] = self._tried[depth] * self.DECAY + len(pairs)
-            hits = sum(accepted > depth for accepted, _ in pairs)
-            self._accepted[depth] = self._accepted[depth] * self.DECAY + hits
+        num_drafting = sum(
+            levels > 0 for levels, on in zip(record.num_levels, record.was_active, strict=True) if on
+        )
+        self._share_of_steps = _blended(self._share_of_steps, num_drafting > 0)
+        if not num_drafting:
+            return
+        self._share_of_rows = _blended(self._share_of_rows, num_drafting / sum(record.was_active))
+        levels = sum(record.num_levels) / num_drafting
+        self._levels[record.width] = _blended(self._levels.get(record.width, levels), levels)
+        self._count(record)
+        plain, cost = self._cost(1), self._cost(record.width)
+        if plain is not None and cost is not None:
+            units = sum(record.num_emitted) / sum(record.was_active)
+            self._lost_s = max(self._lost_s + cost - units * plain, 0.0)
 
-    def _best_width(self) -> int:
+    def _is_plain_due(self) -> bool:
+        if self._is_free:
+            return self._steps > self.GRACE and not self._costs[1]
+        is_refresh = self._steps % self.PLAIN_EVERY == 2 and self._gain < self.CLEAR_GAIN
+        return self._steps in (2, 3) or is_refresh
+
+    def _chosen_width(self) -> int:
         plain = self._cost(1)
         if plain is None:
             return self._widths[min(2, len(self._widths) - 1)]
-        rates = {1: 1.0 / plain}
-        for width in self._widths:
-            rates[width] = self._expected(width) / (self._cost(width) or plain)
+        rates = {width: self._rate(width, plain) for width in self._widths}
         best = max(rates, key=lambda width: rates[width])
-        if best == 1 and self._drafted_steps < self.PATIENCE:
-            return self._widths[0]
-        return best
+        self._gain = rates[best] * plain
+        if self._gain > 1.0:
+            return best
+        self._warn_once(best, plain)
+        is_paid = self._lost_s <= self.GRACE * plain + self.PROBE_SHARE * self._elapsed_s
+        return best if is_paid else 1
+
+    def _rate(self, width: int, plain: float) -> float:
+        """Units per second and row of a width, silent steps included."""
+        drafting = self._share_of_steps
+        units = 1.0 + drafting * self._share_of_rows * (self._expected(width) - 1.0)
+        cost = self._cost(width)
+        return units / (drafting * (plain if cost is None else cost) + (1.0 - drafting) * plain)
+
+    def _count(self, record: StepRecord) -> None:
+        rows = zip(record.num_accepted, record.num_levels, record.was_active, strict=True)
+        drafted = [(accepted, levels) for accepted, levels, on in rows if on]
+        for depth in range(max(record.num_levels)):
+            tried = [a for a, levels in drafted if levels > depth and a >= depth]
+            if not tried:
+                break
+            hits = sum(accepted > depth for accepted in tried)
+            self._tried[depth] = self._tried[depth] * self.DECAY + len(tried)
+            self._accepted[depth] = self._accepted[depth] * self.DECAY + hits
 
     def _expected(self, width: int) -> float:
-        """Units per step: one, and each draft times the chance that all before it survive."""
-        total, survival = 1.0, 1.0
-        for depth in range(width - 1):
-            survival *= self._accepted[depth] / self._tried[depth]
-            total += survival
+        """Units of a drafting row: one, and each draft times the chance that all above survive."""
+        total, survival, rate = 1.0, 1.0, self.PRIOR_RATE
+        levels = self._levels_of(width)
+        for depth in range(math.ceil(levels)):
+            hits = self._accepted[depth] + self.PRIOR_TRIALS * rate
+            rate = hits / (self._tried[depth] + self.PRIOR_TRIALS)
+            survival *= rate
+            total += survival * min(levels - depth, 1.0)
         return total
 
+    def _levels_of(self, width: int) -> float:
+        """Depth of the drafts of this width: as seen, else in proportion to the nearest seen."""
+        if width in self._levels:
+            return min(self._levels[width], width - 1)
+        if not self._levels:
+            return width - 1
+        nearest = min(self._levels, key=lambda seen: abs(math.log(seen / width)))
+        return self._levels[nearest] * (width - 1) / max(nearest - 1, 1)
+
     def _cost(self, width: int) -> float | None:
-        """Median seconds of a step of this width; a guess from the nearest smaller one if new."""
-        if self._costs[width]:
-            return statistics.median(self._costs[width])
-        known = [w for w in self._costs if w < width and self._costs[w]]
+        """Median seconds of a step of this width; a guess from narrower ones if new.
+
+        The first step of a width may hold a compilation, so it may lower the guess but not raise
+        it, and of two the faster counts.
+        """
+        samples = self._costs[width]
+        if len(samples) > 2:
+            return statistics.median(samples)
+        guess = self._guessed_cost(width) if len(samples) < 2 else None
+        return min([*samples, *([guess] if guess is not None else [])], default=None)
+
+    def _guessed_cost(self, width: int) -> float | None:
+        known = [w for w in sorted(self._costs) if w < width and self._costs[w]]
         if not known:
             return None
-        nearest = max(known)
-        return statistics.median(self._costs[nearest]) * (width / nearest) ** 0.2
+        nearest = statistics.median(self._costs[known[-1]])
+        power = 0.2
+        if len(known) > 1:
+            narrower = statistics.median(self._costs[known[-2]])
+            growth = math.log(nearest / narrower) / math.log(known[-1] / known[-2])
+            power = min(max(growth, power), 1.0)
+        return nearest * (width / known[-1]) ** power
 
-    def _start_rest(self) -> None:
-        self._rest = self._next_rest
-        self._next_rest = min(self._next_rest * 2, 256)
-        if self._warned or self._drafted_steps < 4 * self.PATIENCE:
+    def _warn_once(self, width: int, plain: float) -> None:
+        if self._warned or self._steps < self.PATIENCE:
             return
         self._warned = True
-        plain, narrow = self._cost(1), self._cost(self._widths[0])
         logger.warning(
             "speculation does not pay here: first drafts are accepted %.0f %% of the time, a step "
             "of %d takes %.1f ms against %.1f ms plain; falling back to plain decoding",
-            100 * self._accepted[0] / self._tried[0],
-            self._widths[0],
-            1e3 * (narrow or 0.0),
-            1e3 * (plain or 0.0),
+            100 * self._accepted[0] / max(self._tried[0], 1.0),
+            width,
+            1e3 * (self._cost(width) or 0.0),
+            1e3 * plain,
         )
+
+
+def _blended(old: float, new: float, weight: float = 0.1) -> float:
+    return old + weight * (new - old)

@@ -24,11 +24,11 @@ from mmspec.adapters.kv_exchange import check_exchangeable, export_cache, import
 from mmspec.adapters.lockstep import Lockstep, sort_criteria
 from mmspec.adapters.processors import Layout, law_from_processors
 from mmspec.cache import SlotCache
-from mmspec.drafters import DrafterSpec, build_drafter, parse_spec
+from mmspec.drafters import TABLE, DrafterSpec, build_drafter, parse_spec
 from mmspec.engine import Engine
 from mmspec.forward import check_supported, text_device
 from mmspec.records import Stats
-from mmspec.rows import StopCheck, TokenRows
+from mmspec.rows import TokenRows
 from mmspec.sampling import Law, row_keys
 from mmspec.schedule import AdaptiveSchedule, FixedSchedule
 from mmspec.tree import BUCKETS
@@ -40,7 +40,7 @@ DEFAULT_WIDTH = 16
 #: Rules that ask something of the drafts; rules not named here take any drafter.
 RULE_DRAFTERS = {
     # Defined for chains whose law does not change between steps.
-    "block": ("early_exit", "model", "ngram", "none"),
+    "block": tuple(sorted(set(TABLE) - {"jacobi"})),
     # Redraw the whole window in every step.
     "coupled": ("jacobi",),
     "sjd": ("jacobi",),
@@ -128,9 +128,7 @@ def build_engine(
         ValueError: If the model is not supported, a row does not fit its context, or the drafter
             does not take its options.
     """
-    target = CausalTarget(
-        model, rows, compile=settings.compile, cache=cache, num_cached=num_cached
-    )
+    target = CausalTarget(model, rows, compile=settings.compile, cache=cache, num_cached=num_cached)
     drafter = build_drafter(
         settings.drafter,
         target=target,
@@ -202,9 +200,7 @@ def speculate(
         transformers 5.23 does not hand ``tokenizer=`` on to callables, so ``stop_strings=`` raises
         in `generate` itself. Pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
     """
-    settings = Settings(
-        drafter=drafter, rule=rule, width=width, schedule=schedule, compile=compile
-    )
+    settings = Settings(drafter=drafter, rule=rule, width=width, schedule=schedule, compile=compile)
     return Speculation(settings, generator, tuple(stateless_processors))
 
 
@@ -347,24 +343,21 @@ def _token_mask(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
         ValueError: If the mask or the position ids are not those of left-padded whole prompts.
     """
     mask = model_kwargs.get("attention_mask")
-    if mask is None:
-        is_token = torch.ones_like(input_ids, dtype=torch.bool)
-    elif mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns and input_ids {input_ids.shape[1]}; "
-            "with reused past_key_values, pass the whole input_ids, cached part included"
-        )
-    else:
-        is_token = mask.to(input_ids.device) != 0
+    positions = model_kwargs.get("position_ids")
+    for name, given in (("attention_mask", mask), ("position_ids", positions)):
+        # `generate` drops a mask of ones, so the positions may be all that is left of it.
+        if given is not None and given.shape[-1] != input_ids.shape[1]:
+            raise ValueError(
+                f"{name} has {given.shape[-1]} columns and input_ids {input_ids.shape[1]}; "
+                "with reused past_key_values, pass the whole input_ids, cached part included"
+            )
+    is_token = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device)
+    is_token = is_token != 0
     if not bool(is_token[:, -1].all()):
         raise ValueError("prompts must be padded on the left; a row of attention_mask ends in 0")
-    positions = model_kwargs.get("position_ids")
     if positions is not None:
         expected = is_token.long().cumsum(1) - 1
-        given = positions.to(expected.device).expand(*positions.shape[:-2], *expected.shape)
-        if positions.shape[-1] != expected.shape[1] or not bool(
-            (given == expected)[..., is_token].all()
-        ):
+        if not bool((positions.to(expected.device) == expected)[..., is_token].all()):
             raise ValueError("position_ids must count each row's tokens from 0; others are given")
     return is_token
 

@@ -6,9 +6,9 @@ class exists in transformers and that the named test does.
 
 from dataclasses import dataclass
 
-_CAUSAL_TEST = "tests/test_support.py::test_causal_lm_keeps_its_tokens"
+_CAUSAL_TEST = "tests/adapters/test_causal_lm.py::test_greedy_equals_generate"
 _IMAGE_TEST = "tests/test_support.py::test_image_model_keeps_its_tokens"
-_TINY = "tiny random weights, float64, greedy and sampled, ragged batch"
+_TINY = "tiny random weights against generate(), greedy, single rows and ragged batches"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,33 +35,35 @@ class SupportRow:
     guarantee: str = "exact"
 
 
-def _causal(family: str, class_name: str, tested: str = _TINY) -> SupportRow:
+def _causal(family: str, key: str, more: str = "", class_name: str | None = None) -> SupportRow:
     return SupportRow(
         family=family,
-        class_name=class_name,
+        class_name=class_name or f"{key}ForCausalLM",
         adapter="causal_lm",
         pipeline="SpeculativeTextPipeline",
-        tested=tested,
-        test=f"{_CAUSAL_TEST}[{class_name}]",
+        tested=_TINY + more,
+        test=f"{_CAUSAL_TEST}[{key}-1]",
     )
 
 
 SUPPORT = (
-    _causal("Llama", "LlamaForCausalLM", f"{_TINY}; SmolLM2-135M-Instruct (Q4_1), float32"),
-    _causal("Qwen2", "Qwen2ForCausalLM"),
-    _causal("Qwen3", "Qwen3ForCausalLM"),
-    _causal("Gemma2", "Gemma2ForCausalLM"),
-    _causal("Gemma3", "Gemma3ForCausalLM"),
-    _causal("Mistral", "MistralForCausalLM"),
-    _causal("GPT-NeoX", "GPTNeoXForCausalLM"),
-    _causal("Phi3", "Phi3ForCausalLM"),
-    _causal("Mixtral", "MixtralForCausalLM"),
+    _causal("Llama", "Llama", "; SmolLM2-135M-Instruct (Q4_1)"),
+    _causal("Qwen2", "Qwen2", "; sliding windows too"),
+    _causal("Qwen2-MoE", "Qwen2Moe"),
+    _causal("Qwen3", "Qwen3"),
+    _causal("Gemma2", "Gemma2"),
+    _causal("Gemma3", "Gemma3"),
+    _causal("Mistral", "Mistral", "; with and without sliding window"),
+    _causal("Mixtral", "Mixtral"),
+    _causal("Phi3", "Phi3"),
+    _causal("GPT-NeoX", "GPTNeoX"),
+    _causal("GPT-2", "GPT2", class_name="GPT2LMHeadModel"),
     SupportRow(
         family="Janus",
         class_name="JanusForConditionalGeneration",
         adapter="token_image",
         pipeline="SpeculativeImagePipeline",
-        tested=f"{_TINY}, with guidance; bundled:avatars, float32",
-        test=f"{_IMAGE_TEST}[JanusForConditionalGeneration]",
+        tested="tiny random weights against plain decoding, greedy and sampled; bundled:avatars",
+        test=_IMAGE_TEST,
     ),
 )

@@ -50,8 +50,15 @@ def pack_chain(
         num_drafted: Drafts of each row, at most N - 1.
         vocab_size: The target's vocabulary; a draft outside it is made invalid.
         draft_probs_BNV: As in `Proposal`.
+
+    Raises:
+        ValueError: If ``num_drafted`` does not fit the tokens.
     """
     num_rows, num_nodes = tokens_BN.shape
+    if len(num_drafted) != num_rows or not all(0 <= n < num_nodes for n in num_drafted):
+        raise ValueError(
+            f"num_drafted must hold {num_rows} counts of 0 to {num_nodes - 1}, got {num_drafted!r}"
+        )
     device = tokens_BN.device
     node = torch.arange(num_nodes, device=device)
     count_B = torch.tensor(list(num_drafted), device=device)

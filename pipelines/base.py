@@ -1,4 +1,4 @@
-"""What all pipelines share: devices, progress bars, interruption, checks of what the user passed."""
+"""What all pipelines share: devices, progress bars, interruption, checks of arguments."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from mmspec.forward import text_device
 from mmspec.records import Outcome, StepRecord
 
 StepEnd = Callable[[Any, int, dict[str, Any]], bool | None]
@@ -29,7 +30,7 @@ class SpeculativePipeline:
     @property
     def device(self) -> torch.device:
         """Where the model takes its input."""
-        return self.model.get_input_embeddings().weight.device
+        return text_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,11 +51,12 @@ class SpeculativePipeline:
         self._interrupt = True
 
     def _watch(
-        self, total: int, on_step_end: StepEnd | None
+        self, total: int, on_step_end: StepEnd | None, *, is_quiet: bool = False
     ) -> tuple[tqdm, Callable[[StepRecord, Outcome], bool]]:
         """A progress bar in units, and the engine callback that moves it."""
         self._interrupt = False
-        bar = tqdm(total=total, unit="tok", leave=False, **self._progress_bar_config)
+        config = self._progress_bar_config | ({"disable": True} if is_quiet else {})
+        bar = tqdm(total=total, unit="tok", leave=False, **config)
 
         def after_step(record: StepRecord, outcome: Outcome) -> bool:
             bar.update(sum(record.num_emitted))

@@ -1,5 +1,6 @@
-"""Causal language models as targets: every family that transformers loads with a plain or sliding
-key/value cache.
+"""Causal language models as targets.
+
+Every family that transformers loads with a plain or sliding key/value cache.
 """
 
 import time

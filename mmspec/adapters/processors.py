@@ -234,8 +234,9 @@ class Pathwise:
         parents, depths = _parents(context), context.depth_BN.tolist()
         heads = self._heads(context)
         paths: dict[tuple[int, int], Tensor] = {}
+        keys = [(row, node) for row, of_row in enumerate(depths) for node in range(len(of_row))]
         for depth in range(max(map(max, depths)) + 1):
-            level = [(r, n) for r, row in enumerate(depths) for n, d in enumerate(row) if d == depth]
+            level = [(row, node) for row, node in keys if depths[row][node] == depth]
             if depth == 0:
                 paths |= {(row, node): heads[row] for row, node in level}
             else:
@@ -268,7 +269,9 @@ class Pathwise:
         nodes = torch.tensor([node for _, node in level], device=output.device)
         above = torch.tensor([parents[row][node] for row, node in level], device=output.device)
         tokens = context.tokens_BN.to(output.device)[rows, nodes]
-        is_possible = (output[rows, above, tokens] > NEG_INF).tolist()
+        # Where everything is impossible, the argmax is still taken and anything may follow.
+        is_open = output[rows, above].isneginf().all(-1)
+        is_possible = ((output[rows, above, tokens] > NEG_INF) | is_open).tolist()
         return {
             (row, node): torch.cat([paths[row, parents[row][node]], token[None]])
             for (row, node), token, possible in zip(level, tokens, is_possible, strict=True)
@@ -317,8 +320,9 @@ def _parents(context: LawContext) -> list[list[int]]:
 
 def _inside(token_ids: Any, layout: Layout) -> tuple[int, ...]:
     """Token ids as a tuple, those outside the vocabulary dropped as `torch.isin` drops them."""
-    return tuple(t for t in torch.as_tensor(token_ids).flatten().tolist()
-                 if 0 <= t < layout.vocab_size)
+    return tuple(
+        t for t in torch.as_tensor(token_ids).flatten().tolist() if 0 <= t < layout.vocab_size
+    )
 
 
 def _temperature(processor: Any, layout: Layout) -> Stage:

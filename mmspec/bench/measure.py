@@ -367,7 +367,7 @@ def final_line(
     return {
         "benchmark": benchmark,
         **{name: value for name, value in facts.items() if name != "code"},
-        "rows": list(rows),
+        "rows": [rounded(row) for row in rows],
         "left_out": list(left_out),
         "failures": list(failures),
         "time_s": round(time_s, 3),
@@ -388,6 +388,17 @@ def check_final_line(line: Mapping[str, Any]) -> None:
 
 
 # --------------------------------------------------------------------------- small figures
+
+
+def rounded(value: Any) -> Any:
+    """The same JSON value with floats cut to five significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {name: rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(entry) for entry in value]
+    return value
 
 
 def median(values: Iterable[float]) -> float | None:

@@ -11,18 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmspec.adapters.causal_lm import CausalTarget
+from mmspec.adapters.token_image import TokenImageTarget, image_family
 from mmspec.assets import bundled_path
 from mmspec.bench.measure import Sample, timed
+from mmspec.drafters import build_drafter
 from mmspec.engine import Engine
 from mmspec.pipelines.image import SpeculativeImagePipeline
 from mmspec.records import Generation
 from mmspec.rows import TokenRows
 from mmspec.sampling import LawConfig, build_law, row_keys
+from mmspec.schedule import FixedSchedule
 from mmspec.speculation import Settings, build_engine
 from mmspec.tree import pack_chain
+from mmspec.verify import build_rule
 
 DTYPES = {
     "float32": torch.float32,
@@ -94,7 +98,8 @@ def load_text(name: str, dtype: str, device: str = "cpu", *, ends: bool = True) 
 
         def encode(text: str) -> list[int]:
             turn = [{"role": "user", "content": text}]
-            return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"])
+            ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+            return list(ids)
 
     model = model.to(device).eval()
     if not ends:
@@ -141,11 +146,10 @@ def text_engine(
 
     Row i of a seed draws with the generator of ``seed + 1000 * i``, whatever the drafter.
     """
-    generators = [torch.Generator().manual_seed(seed + 1000 * i) for i in range(len(prompts))]
     rows = TokenRows(
         prompts,
         max_new_tokens=[max_new_tokens] * len(prompts),
-        keys_B=row_keys(generators, len(prompts)),
+        keys_B=row_keys(seeded(seed, len(prompts)), len(prompts)),
         eos_token_ids=loaded.eos_token_ids,
         device=loaded.device,
     )
@@ -289,6 +293,54 @@ def _tiny_janus() -> nn.Module:
     return model
 
 
+def image_rows(pipe: SpeculativeImagePipeline, captions: Sequence[str], seed: int) -> TokenRows:
+    """Rows for these captions; row i draws with the generator of ``seed + 1000 * i``."""
+    family = image_family(pipe.model)
+    return TokenRows(
+        [pipe._prompt_ids(text) for text in captions],
+        max_new_tokens=[family.num_image_tokens] * len(captions),
+        keys_B=row_keys(seeded(seed, len(captions)), len(captions)),
+        device=pipe.device,
+    )
+
+
+def image_engine(
+    pipe: SpeculativeImagePipeline,
+    captions: Sequence[str],
+    *,
+    width: int,
+    guidance: float,
+    temperature: float,
+    seed: int,
+) -> Engine:
+    """The exact decoder as the pipeline wires it; width 1 is plain decoding."""
+    family = image_family(pipe.model)
+    rows = image_rows(pipe, captions, seed)
+    law = build_law(LawConfig(temperature=temperature))
+    target = TokenImageTarget(family, rows, guidance_scale=guidance)
+    drafter = build_drafter(
+        "none" if width == 1 else {"name": "jacobi", "stride": family.grid_width},
+        target=target,
+        rows=rows,
+        law=law,
+        max_width=width,
+        shared_noise=True,
+    )
+    schedule = FixedSchedule(width, lambda: rows.max_remaining)
+    return Engine(target, drafter, build_rule("exact", law, rows), schedule)
+
+
+def load_captions(limit: int) -> list[dict[str, Any]]:
+    """Held-out captions of the avatars, with the attributes they state."""
+    path = bundled_path("avatars") / "heldout.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:limit]
+
+
+def seeded(seed: int, count: int) -> list[torch.Generator]:
+    """One generator per row."""
+    return [torch.Generator().manual_seed(seed + 1000 * row) for row in range(count)]
+
+
 # --------------------------------------------------------------------------- the ceiling
 
 
@@ -348,6 +400,17 @@ def text_card(loaded: TextModel, batch: int) -> list[Sample]:
     return static_card(target)
 
 
+def image_card(pipe: SpeculativeImagePipeline, batch: int, guidance: float) -> list[Sample]:
+    """The static card of an image model behind its captions."""
+    captions = [entry["caption"] for entry in load_captions(batch)]
+    rows = image_rows(pipe, captions, 0)
+    target = TokenImageTarget(image_family(pipe.model), rows, guidance_scale=guidance)
+    with torch.no_grad():
+        target.prefill()
+    widths = (*CARD_WIDTHS, 128) if rows.max_remaining >= 128 else CARD_WIDTHS
+    return static_card(target, widths)
+
+
 def step_figures(result: Generation) -> Sample:
     """What a sample keeps of a generation: counts that can be added up over samples."""
     pairs = [
@@ -374,8 +437,3 @@ def step_figures(result: Generation) -> Sample:
         "verify_time_s": stats.verify_time_s,
         "other_time_s": stats.other_time_s,
     }
-
-
-def as_ids(tokens: Tensor) -> list[list[int]]:
-    """A tensor of token ids as lists."""
-    return [[int(token) for token in row] for row in tokens]

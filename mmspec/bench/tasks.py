@@ -1,6 +1,6 @@
 """Tasks in an order that survives: every input once before any input twice."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ class Task:
         systems: Name -> what runs it. The first is the yardstick.
         facts: Fields that every sample of the task gets.
         warm_up: Run once per label and process before its first task.
+        max_repeats: Never repeated more often than this; None is as often as asked.
         finish: Looks at all samples of one repetition and adds fields that compare them.
     """
 
@@ -29,6 +30,11 @@ class Task:
     facts: Mapping[str, object]
     warm_up: Callable[[], None] | None = None
     finish: Callable[[Mapping[str, Sample]], None] | None = None
+    max_repeats: int | None = None
+
+    def repeats(self, wanted: int) -> int:
+        """Repetitions of this task where ``wanted`` are asked for."""
+        return wanted if self.max_repeats is None else min(wanted, self.max_repeats)
 
     def keys(self, repeat: int) -> list[str]:
         """Keys of the samples of one repetition."""
@@ -64,7 +70,7 @@ def run_tasks(
         for number, task in enumerate(tasks):
             if budget.is_spent:
                 return left_out(tasks, repeats, store)
-            if store.has(task.keys(repeat)):
+            if repeat >= task.repeats(repeats) or store.has(task.keys(repeat)):
                 continue
             if task.warm_up is not None and task.label not in warmed:
                 task.warm_up()
@@ -94,26 +100,30 @@ def _run(task: Task, repeat: int) -> list[Sample]:
 
 def left_out(tasks: Iterable[Task], repeats: int, store: Store) -> list[str]:
     """Which repetitions are missing, by configuration, and which systems could not run."""
-    counts: dict[str, list[int]] = defaultdict(list)
+    never: Counter[str] = Counter()
+    partly: dict[str, list[int]] = defaultdict(list)
+    total: Counter[str] = Counter()
     reasons: dict[tuple[str, str], str] = {}
     for task in tasks:
-        done = [repeat for repeat in range(repeats) if store.has(task.keys(repeat))]
-        counts[task.label].append(len(done))
+        wanted = task.repeats(repeats)
+        done = [repeat for repeat in range(wanted) if store.has(task.keys(repeat))]
+        total[task.label] += 1
+        if not done:
+            never[task.label] += 1
+        elif len(done) < wanted:
+            partly[task.label].append(len(done))
         for repeat in done:
             for key, name in zip(task.keys(repeat), task.systems, strict=True):
                 if "unavailable" in store.samples[key]:
                     reasons[task.label, name] = store.samples[key]["unavailable"]
     words = []
-    for label, done_counts in counts.items():
-        never = sum(count == 0 for count in done_counts)
-        partly = sum(0 < count < repeats for count in done_counts)
-        if never:
-            words.append(f"{label}: {never} of {len(done_counts)} inputs not measured")
-        if partly:
-            least = min(count for count in done_counts if count)
+    for label, count in total.items():
+        if never[label]:
+            words.append(f"{label}: {never[label]} of {count} inputs not measured")
+        if partly[label]:
             words.append(
-                f"{label}: {partly} of {len(done_counts)} inputs have fewer than {repeats} "
-                f"repetitions (at least {least})"
+                f"{label}: {len(partly[label])} of {count} inputs have fewer than {repeats} "
+                f"repetitions (at least {min(partly[label])})"
             )
     words += [f"{label}: {name} not measured: {why}" for (label, name), why in reasons.items()]
     return words
@@ -121,7 +131,10 @@ def left_out(tasks: Iterable[Task], repeats: int, store: Store) -> list[str]:
 
 def samples_of(tasks: Iterable[Task], repeats: int, store: Store) -> list[Sample]:
     """The samples that belong to these tasks, those of systems that could not run left out."""
-    keys = [key for task in tasks for repeat in range(repeats) for key in task.keys(repeat)]
+    keys: list[str] = []
+    for task in tasks:
+        for repeat in range(task.repeats(repeats)):
+            keys += task.keys(repeat)
     found = [store.samples[key] for key in keys if key in store]
     return [sample for sample in found if "unavailable" not in sample]
 

@@ -121,33 +121,17 @@ class CrossTokenizerDrafter:
         width = max(map(len, chunks))
         device = self._rows.tokens_BT.device
         ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device)
-        logits = self._run(ids, kept)
-        last = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
+        logits, _ = self.forward.extend(ids, kept, [len(chunk) for chunk in chunks])
         self._cached = contexts
-        return logits.gather(1, last[:, None, None].expand(-1, 1, logits.shape[-1])), contexts
+        return logits, contexts
 
-    def _run(self, ids_BN: Tensor, cached: list[int]) -> Tensor:
-        num_rows, num_nodes = ids_BN.shape
-        node = torch.arange(num_nodes, device=ids_BN.device)
-        cached_B = torch.tensor(cached, device=ids_BN.device)
-        output = self.forward.run(
-            {"input_ids": ids_BN},
-            cached_B=cached_B,
-            host_cached=cached,
-            depth_BN=node.expand(num_rows, -1),
-            ancestors_BNN=(node[:, None] >= node).expand(num_rows, -1, -1),
-            positions_BN=cached_B[:, None] + node,
-            is_chain=True,
-        )
-        logits: Tensor = output.logits  # type: ignore[attr-defined]
-        return logits if logits.dtype == torch.float64 else logits.float()
+    def _feed(self, token_B1: Tensor, num_cached: list[int]) -> Tensor:
+        return self.forward.extend(token_B1, num_cached, [1] * len(num_cached))[0]
 
-    def _draft_string(
-        self, logits: Tensor, contexts: list[list[int]], num_drafts: int
-    ) -> Proposal:
+    def _draft_string(self, logits: Tensor, contexts: list[list[int]], num_drafts: int) -> Proposal:
         drafted = [logits.argmax(-1)]
         for depth in range(num_drafts - 1):
-            logits = self._run(drafted[-1], [len(context) + depth for context in contexts])
+            logits = self._feed(drafted[-1], [len(context) + depth for context in contexts])
             drafted.append(logits.argmax(-1))
         own_drafts = torch.cat(drafted, dim=1).tolist()
         drafts = [
@@ -162,9 +146,7 @@ class CrossTokenizerDrafter:
         parents = [list(range(-1, len(draft) - 1)) for draft in drafts]
         return pack_trees(drafts, parents, self._rows.roots_B(), self._vocab_size, width)
 
-    def _draft_shared(
-        self, logits: Tensor, contexts: list[list[int]], num_drafts: int
-    ) -> Proposal:
+    def _draft_shared(self, logits: Tensor, contexts: list[list[int]], num_drafts: int) -> Proposal:
         rows = self._rows
         tokens, laws = [rows.roots_B()[:, None]], []
         root = rows.positions(torch.zeros_like(tokens[0]))
@@ -176,7 +158,7 @@ class CrossTokenizerDrafter:
             laws.append(law)
             if depth + 1 < num_drafts:
                 own = self._own_of_target[tokens[-1]]
-                logits = self._run(own, [len(context) + depth for context in contexts])
+                logits = self._feed(own, [len(context) + depth for context in contexts])
         draft_probs = None
         if not self._shared_noise and not self._law.is_greedy:
             draft_probs = nn.functional.pad(torch.cat(laws, 1).softmax(-1), (0, 0, 0, 1))
@@ -213,7 +195,9 @@ class CrossTokenizerDrafter:
             return []
         drafted = after[len(before) :]
         tail = self._rows.host_tokens[row][-_TAIL:]
-        together = self._target.encode(_text(self._target, tail) + drafted, add_special_tokens=False)
+        together = self._target.encode(
+            _text(self._target, tail) + drafted, add_special_tokens=False
+        )
         if together[: len(tail)] == tail:
             return together[len(tail) :]
         return self._target.encode(drafted, add_special_tokens=False)

@@ -1,8 +1,6 @@
 """A smaller causal language model as drafter: batched, ragged, with its own slot cache."""
 
 import copy
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -54,10 +52,10 @@ class ModelDrafter:
         self._law = law
         self._shared_noise = shared_noise
         self._num_cached = [0] * rows.num_rows
+        self._root_slot: list[int] = []
 
     def prefill(self) -> None:
-        """Caches every prompt but its last token."""
-        self._catch_up([len(tokens) - 1 for tokens in self._rows.host_tokens])
+        """Reads nothing: the first draft feeds the prompt."""
 
     def propose(self, plan: Plan) -> Proposal:
         """A chain of ``plan.width - 1`` drafts per active row."""
@@ -65,8 +63,8 @@ class ModelDrafter:
         num_drafts = plan.width - 1
         if num_drafts < 1:
             return root_only(rows, self._vocab_size)
-        self._catch_up([len(tokens) - 1 for tokens in rows.host_tokens])
         scratch = rows.tokens_BT.clone()
+        self._root_slot = [len(tokens) - 1 for tokens in rows.host_tokens]
         laws = []
         for depth in range(num_drafts):
             law_logits = self._next_law(scratch, depth)
@@ -80,57 +78,37 @@ class ModelDrafter:
             draft_probs = torch.cat(laws, dim=1).softmax(-1)
             draft_probs = nn.functional.pad(draft_probs, (0, 0, 0, 1))
         counts = [0 if done else num_drafts for done in rows.host_done]
-        self._note_drafted(num_drafts)
         return pack_chain(scratch.gather(1, start + ahead), counts, self._vocab_size, draft_probs)
 
     def commit(
         self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
     ) -> None:
         """Keeps the accepted drafts' keys; the rest is overwritten later."""
-        lengths = [len(tokens) for tokens in self._rows.host_tokens]
+        if proposal.width == 1:
+            return
         for row, accepted in enumerate(outcome.num_accepted):
-            kept = self._num_cached[row]
-            if proposal.width > 1:
-                # The last draft was never fed, so at most width - 2 accepted drafts are cached.
-                kept = self._root_slot[row] + 1 + min(accepted, proposal.width - 2)
-            self._num_cached[row] = min(kept, lengths[row] - 1)
-
-    def _note_drafted(self, num_drafts: int) -> None:
-        self._root_slot = [len(tokens) - 1 for tokens in self._rows.host_tokens]
-
-    def _catch_up(self, wanted: Sequence[int]) -> None:
-        """Caches committed tokens up to ``wanted`` per row."""
-        missing = max(w - n for w, n in zip(wanted, self._num_cached, strict=True))
-        if missing > 0:
-            cached_B = torch.tensor(self._num_cached, device=self._rows.lengths_B.device)
-            ahead = torch.arange(missing, device=cached_B.device)
-            index = (cached_B[:, None] + ahead).clamp(max=self._rows.capacity - 1)
-            tokens = self._embeddable(self._rows.tokens_BT.gather(1, index))
-            self.forward.prefill({"input_ids": tokens}, cached_B, self._num_cached)
-        self._num_cached = list(wanted)
+            # The last draft was never fed, so at most width - 2 accepted drafts are cached.
+            kept = self._root_slot[row] + 1 + min(accepted, proposal.width - 2)
+            self._num_cached[row] = min(kept, len(self._rows.host_tokens[row]) - 1)
 
     def _next_law(self, scratch_BT: Tensor, depth: int) -> Tensor:
-        """Feeds the token at ``depth`` behind the root; returns the law of the next, ``[B, 1, V]``.
+        """Feeds what is missing up to ``depth`` behind the root; returns the law of the next.
 
-        The token sits at the end of a scratch history, so every law sees it as a committed root.
+        At depth 0 that is the root and whatever was committed since the last draft; afterwards the
+        drafted token. It sits at the end of a scratch history, so every law sees it as a root.
         """
         rows = self._rows
-        at = rows.lengths_B[:, None] - 1 + depth
-        token = scratch_BT.gather(1, at)
-        zero = torch.zeros_like(token)
-        positions = torch.minimum(at, rows.limits_B[:, None] - 1)
-        output = self.forward.run(
-            {"input_ids": self._embeddable(token)},
-            cached_B=at.squeeze(1),
-            host_cached=[len(tokens) - 1 + depth for tokens in rows.host_tokens],
-            depth_BN=zero,
-            ancestors_BNN=torch.ones_like(zero, dtype=torch.bool)[..., None],
-            positions_BN=positions,
-            is_chain=True,
-        )
-        logits = self._aligned(output.logits)  # type: ignore[attr-defined]
+        wanted = [slot + 1 + depth for slot in self._root_slot]
+        counts = [n - cached for n, cached in zip(wanted, self._num_cached, strict=True)]
+        cached_B = torch.tensor(self._num_cached, device=scratch_BT.device)
+        ahead = torch.arange(max(counts), device=scratch_BT.device)
+        index = (cached_B[:, None] + ahead).clamp(max=rows.capacity - 1)
+        ids = self._embeddable(scratch_BT.gather(1, index))
+        logits, positions = self.forward.extend(ids, self._num_cached, counts)
+        self._num_cached = wanted
+        zero = torch.zeros_like(positions)
         context = LawContext(
-            tokens_BN=token,
+            tokens_BN=scratch_BT.gather(1, positions),
             ancestors_BNN=torch.ones_like(zero, dtype=torch.bool)[..., None],
             depth_BN=zero,
             positions_BN=positions,
@@ -138,7 +116,7 @@ class ModelDrafter:
             lengths_B=rows.lengths_B + depth,
             prompt_lengths_B=rows.prompt_lengths_B,
         )
-        return self._law(logits, context)
+        return self._law(self._aligned(logits), context)
 
     def _draw(self, law_logits: Tensor, depth: int) -> Tensor:
         if self._law.is_greedy:
@@ -155,8 +133,7 @@ class ModelDrafter:
 
     def _aligned(self, logits: Tensor) -> Tensor:
         """Logits over the target's vocabulary: padding cut off, missing tokens impossible."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        logits = logits[..., : self._vocab_size].to(self._rows.lengths_B.device)
+        logits = logits[..., : self._vocab_size]
         missing = self._vocab_size - logits.shape[-1]
         return nn.functional.pad(logits, (0, missing), value=float("-inf"))
 

@@ -12,7 +12,7 @@ from mmspec.drafters.suffix import MatchState, SuffixAutomaton, merge
 from mmspec.drafters.trie import Draft, NgramTrie
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.tree import bucket, pack_trees
+from mmspec.tree import BUCKETS, bucket, pack_trees
 
 # Longest context that is told apart when acceptance is learned; longer ones share its figures.
 _LONGEST_CLASS = 24
@@ -54,7 +54,9 @@ class NgramDrafter:
         Raises:
             ValueError: If a number is out of range.
         """
-        self.memory = memory if memory is not None else NgramTrie(max_match=max_match, max_draft=128)
+        self.memory = (
+            memory if memory is not None else NgramTrie(max_match=max_match, max_draft=128)
+        )
         self._corpus = corpus
         self._rows = rows
         self._vocab_size = vocab_size

@@ -198,7 +198,10 @@ def _phrase(group: str, attributes: Attributes, rng: random.Random) -> tuple[str
 
 
 def make_caption(
-    attributes: Attributes, rng: random.Random, always: tuple[str, ...] = ()
+    attributes: Attributes,
+    rng: random.Random,
+    always: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
 ) -> tuple[str, Attributes]:
     """Writes one caption of an avatar.
 
@@ -206,12 +209,13 @@ def make_caption(
         attributes: The complete attributes of the avatar.
         rng: Chooses which groups to mention, their order and the wording.
         always: Groups of `PHRASES` that must be mentioned.
+        only: If given, exactly these groups are mentioned.
 
     Returns:
         The caption, and the attributes it states (what a picture may be judged by).
     """
-    groups = list(PHRASES)
-    if rng.random() >= 0.35:
+    groups = list(only or PHRASES)
+    if not only and rng.random() >= 0.35:
         keep = rng.uniform(0.15, 0.9)
         groups = [group for group in groups if group in always or rng.random() < keep]
     rng.shuffle(groups)

