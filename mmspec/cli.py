@@ -101,9 +101,9 @@ def _quiet() -> None:
 
 def _load(pipeline: str, model: str, known: str, dtype: str, device: str) -> Any:
     """Loads a pipeline; a model that cannot be had is reported by name with what can."""
-    if not model.startswith(("bundled:", "smollm2")) and "/" not in model:
-        if not Path(model).is_dir():
-            raise ValueError(f"unknown model {model!r}; known: {known}")
+    is_name = not model.startswith(("bundled:", "smollm2")) and "/" not in model
+    if is_name and not Path(model).is_dir():
+        raise ValueError(f"unknown model {model!r}; known: {known}")
     _quiet()
     import torch
 

@@ -157,7 +157,7 @@ def _texts(model: str, quick: bool, deadline: float, note: Note) -> Section:
     try:
         pipe = SpeculativeTextPipeline.from_pretrained(model, dtype=torch.float32)
     except ImportError as error:
-        reason = "; ".join(str(error).split("\n")).replace(":; ", ": ")
+        reason = "; ".join(map(str.strip, str(error).splitlines())).replace(":; ", ": ")
         note(f"  skipped: {reason}")
         return Section(**section, skipped=reason)
     pipe.set_progress_bar_config(disable=True)

@@ -215,9 +215,12 @@ class LawConfig:
              "top_k", "None or an integer >= 1"),
             (self.top_p is None or 0 < self.top_p <= 1, "top_p", "None or in (0, 1]"),
             (self.min_p is None or 0 <= self.min_p <= 1, "min_p", "None or in [0, 1]"),
-            (self.repetition_penalty > 0, "repetition_penalty", "> 0"),
+            (0 < self.repetition_penalty < math.inf, "repetition_penalty", "a number > 0"),
+            (abs(self.presence_penalty) < math.inf, "presence_penalty", "a finite number"),
             (self.min_new_tokens >= 0, "min_new_tokens", ">= 0"),
-            (all(self.bad_words), "bad_words", "non-empty token sequences"),
+            (all(self.bad_words) and all(t >= 0 for word in self.bad_words for t in word),
+             "bad_words", "non-empty sequences of token ids"),
+            (all(token >= 0 for token in self.eos_token_ids), "eos_token_ids", "token ids"),
         )
         for good, name, rule in checks:
             if not good:

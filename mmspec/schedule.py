@@ -43,8 +43,12 @@ class FixedSchedule:
 
 
 def _clamped(width: int, remaining: int) -> int:
-    """A width that reaches no further than the rows do, still one of few shapes."""
-    return min(width, bucket(min(max(remaining, 1), BUCKETS[-1])))
+    """A width that reaches no further than the rows do, still one of few shapes.
+
+    The last unit of the longest row is drafted too rather than left to the bonus, so that what is
+    verified in a row does not depend on how much its neighbours have left.
+    """
+    return min(width, bucket(min(max(remaining, 0) + 1, BUCKETS[-1])))
 
 
 class AdaptiveSchedule:
@@ -187,16 +191,20 @@ class AdaptiveSchedule:
         return total
 
     def _levels_of(self, width: int) -> float:
-        """Depth of the drafts of this width: as seen, else in proportion to the nearest seen."""
-        if width in self._levels:
-            return min(self._levels[width], width - 1)
+        """Depth of the drafts of this width: as seen, else guessed from the nearest seen.
+
+        Where a width gave a chain, wider ones are thought to do so too; a tree gains one level.
+        """
         if not self._levels:
             return width - 1
         nearest = min(self._levels, key=lambda seen: abs(math.log(seen / width)))
-        return self._levels[nearest] * (width - 1) / max(nearest - 1, 1)
+        levels = self._levels[nearest]
+        if width > nearest:
+            levels = width - 1 if levels > nearest - 1.5 else levels + 1
+        return min(levels, width - 1)
 
     def _cost(self, width: int) -> float | None:
-        """Median seconds of a step of this width; a guess from narrower ones if new.
+        """Median seconds of a step of this width; a guess from other widths if new.
 
         The first step of a width may hold a compilation, so it may lower the guess but not raise
         it, and of two the faster counts.
@@ -211,13 +219,17 @@ class AdaptiveSchedule:
         known = [w for w in sorted(self._costs) if w < width and self._costs[w]]
         if not known:
             return None
-        nearest = statistics.median(self._costs[known[-1]])
+        nearest = self._cost(known[-1])
+        narrower = self._cost(known[-2]) if len(known) > 1 else None
+        if nearest is None:
+            return None
         power = 0.2
-        if len(known) > 1:
-            narrower = statistics.median(self._costs[known[-2]])
+        if narrower is not None:
             growth = math.log(nearest / narrower) / math.log(known[-1] / known[-2])
             power = min(max(growth, power), 1.0)
-        return nearest * (width / known[-1]) ** power
+        # Nothing costs more than a wider step does.
+        wider = [min(self._costs[w]) for w in self._widths if w > width and len(self._costs[w]) > 1]
+        return min([nearest * (width / known[-1]) ** power, *wider])
 
     def _warn_once(self, width: int, plain: float) -> None:
         if self._warned or self._steps < self.PATIENCE:

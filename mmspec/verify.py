@@ -152,7 +152,10 @@ class BlockVerification:
             raise ValueError("block verification needs a chain, got a tree")
         law_logits = self.law(scores.logits_BNV, self.rows.context(proposal, scores.positions_BN))
         if proposal.draft_probs_BNV is None or self.law.is_greedy:
-            return SpeculativeSampling(self.law, self.rows).verify(proposal, scores)
+            noise = None
+            if not self.law.is_greedy:
+                noise = node_noise(self.rows, proposal, scores, law_logits.shape[-1])
+            return _walked(proposal, sample(law_logits, noise), law_logits)
         next_BN = scores.positions_BN + 1
         tests = uniform(self.rows.keys_B, next_BN, Salt.BLOCK, self.rows.step)
         noise = node_noise(self.rows, proposal, scores, law_logits.shape[-1], Salt.RESIDUAL)

@@ -55,8 +55,8 @@ class SpeculativePipeline:
     ) -> tuple[tqdm, Callable[[StepRecord, Outcome], bool]]:
         """A progress bar in units, and the engine callback that moves it."""
         self._interrupt = False
-        config = self._progress_bar_config | ({"disable": True} if is_quiet else {})
-        bar = tqdm(total=total, unit="tok", leave=False, **config)
+        config = {"unit": "tok", "leave": False} | self._progress_bar_config
+        bar = tqdm(total=total, **(config | {"disable": True} if is_quiet else config))
 
         def after_step(record: StepRecord, outcome: Outcome) -> bool:
             bar.update(sum(record.num_emitted))

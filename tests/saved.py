@@ -3,6 +3,7 @@
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    GenerationConfig,
     JanusConfig,
     JanusForConditionalGeneration,
     LlamaConfig,
@@ -85,9 +86,9 @@ def save_janus(folder):
             },
         )
     ).eval()
+    # A fresh one: what is derived from the model's config would be derived again when loaded.
+    model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0)
     model.generation_config.generation_kwargs = {"boi_token_id": 60}
-    model.generation_config.pad_token_id = 0
-    model.generation_config.bos_token_id = 1
     model.save_pretrained(folder)
     save_tokenizer(folder, 61)
     return str(folder)

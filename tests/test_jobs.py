@@ -1,15 +1,10 @@
 import json
 
 import pytest
-from saved import save_llama
 
 from mmspec.jobs import answered_ids, image_prompts, read_items
 
 SETTINGS = {"model": "m", "seed": 0}
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_items_of_a_text_file(tmp_path):
@@ -65,10 +60,3 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path):
     with pytest.raises(ValueError, match="line 1 was made with other settings"):
         answered_ids(path, SETTINGS)
     assert path.read_text() == content
-
-
-def test_saved_llama_loads(tmp_path):
-    from transformers import AutoTokenizer
-
-    folder = save_llama(tmp_path)
-    assert AutoTokenizer.from_pretrained(folder)("red hair")["input_ids"]

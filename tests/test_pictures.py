@@ -1,5 +1,6 @@
 import base64
 import io
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_step_map_colors():
 def test_neighbouring_steps_stay_apart():
     row = step_map([list(range(256))])
     colors = [row.getpixel((x, 0)) for x in range(256)]
-    gaps = [sum(abs(a - b) for a, b in zip(c, d, strict=True)) for c, d in zip(colors, colors[1:])]
+    gaps = [sum(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in pairwise(colors)]
     assert min(gaps) > 20
 
 

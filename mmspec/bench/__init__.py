@@ -24,9 +24,10 @@ with ``minutes=None, seed=0, device="cpu", out=Path("mmspec-bench"), json_only=F
 Each returns the object of its last line of output (`mmspec.bench.measure.FINAL_LINE`; ``rows`` are
 told apart by ``type``), writes samples to ``<out>/<what>.jsonl`` as they come and a report to
 ``<out>/<what>_<hardware>_<date>.md``. It raises ``ValueError`` on wrong arguments, and
-``typer.Exit(1)`` if an output that is promised to be identical was not. A run that is killed, or stopped by
-``minutes``, goes on where it was when the same command is given again: a sample counts while the
-source, the versions, the device and the number of threads are the same.
+``typer.Exit(1)`` if an output that is promised to be identical was not. A run that is killed, or
+stopped by ``minutes``, goes on where it was when the same command is given again: a sample counts
+while the source, the bundled files it read, the versions, the device and the number of threads are
+the same.
 
 ``measure`` has the clocks, the forward counter, provenance and the store, ``tasks`` the order of
 work, ``setups`` the models and the same job given to both sides, ``report`` the tables.

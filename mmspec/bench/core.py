@@ -132,7 +132,8 @@ def run(
         for heat in csv(temperature)
         for name, kind in loaded
     ]
-    facts = provenance(torch.device(device))
+    bundles = ["prompts", *(["avatars"] if set(names) & set(IMAGE_MODELS) else [])]
+    facts = provenance(torch.device(device), bundles)
     sizes = [int(size) for size in csv(batch)]
     card = [
         {"type": "card", "model": name, "dtype": kind, "batch": size, **line}
@@ -246,7 +247,7 @@ def _text_tasks(config: Config, loaded: TextModel) -> list[Task]:
 
 def _image_tasks(config: Config, pipe: SpeculativeImagePipeline) -> list[Task]:
     captions = [entry["caption"] for entry in load_captions(config.batch)]
-    family_model = pipe.model.model
+    family_model: Any = pipe.model.model
     width = default_window(family_model.vision_model.config.num_image_tokens)
 
     def phases(window: int) -> System:
@@ -263,6 +264,9 @@ def _image_tasks(config: Config, pipe: SpeculativeImagePipeline) -> list[Task]:
             [family_model.generation_head],
         )
 
+    def warm_up() -> None:
+        phases(width)(0)
+
     key = f"{config.model}/{config.dtype}/T{config.temperature:g}/b{config.batch}/s{config.seed}"
     return [
         Task(
@@ -270,7 +274,7 @@ def _image_tasks(config: Config, pipe: SpeculativeImagePipeline) -> list[Task]:
             label=config.label,
             systems={"sequential": phases(1), f"exact_w{width}": phases(width)},
             facts={"type": "phase_sample", **config.facts},
-            warm_up=lambda: phases(width)(0) and None,
+            warm_up=warm_up,
         )
     ]
 

@@ -48,7 +48,7 @@ QUALITY_BATCH = 16
 class Config:
     """One configuration of the measurement."""
 
-    pipe: SpeculativeImagePipeline
+    pipe: Any  # a SpeculativeImagePipeline, whose model is of a class mypy does not know
     model: str
     dtype: str
     temperature: float
@@ -102,8 +102,8 @@ def run(
     output, budget = Output(json_only=json_only), Budget(minutes)
     ours = csv(decoders, DECODERS)
     pipes = {name: load_image(model, name, device) for name in csv(dtype, list(DTYPES))}
-    facts = provenance(torch.device(device))
-    base = {"model": model, "temperature": temperature, "seed": seed}
+    facts = provenance(torch.device(device), ["avatars"])
+    base: dict[str, Any] = {"model": model, "temperature": temperature, "seed": seed}
 
     def configs(sizes: Sequence[int], scales: str, *, is_scored: bool) -> list[Config]:
         return [
@@ -482,8 +482,10 @@ def _title(row: Sample) -> str:
 def _speed_table(rows: Sequence[Sample]) -> str:
     headers = ["system", "guarantee", "forwards", "tau", "s/call", "images/min"]
     headers += ["× transformers (median)", "× sequential (median)", "= sequential", "= generate"]
-    names = ("system", "guarantee", "num_forwards_per_call", "tau", "time_s_per_call")
-    names += ("images_per_minute", "speedup_median", "speedup_over_sequential_median")
+    names = [
+        *("system", "guarantee", "num_forwards_per_call", "tau", "time_s_per_call"),
+        *("images_per_minute", "speedup_median", "speedup_over_sequential_median"),
+    ]
     return table(
         headers,
         [

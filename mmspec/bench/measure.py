@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from mmspec.assets import bundled_path
+
 Sample = dict[str, Any]
 T = TypeVar("T")
 
@@ -46,7 +48,16 @@ FINAL_LINE = {
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "transformers", "mmspec")
 # These change what is printed, not what is measured.
-_NOT_MEASURED = ("cli.py", "demo.py", "report.py", "jobs", "training")
+_NOT_MEASURED = (
+    "training_log.jsonl",
+    "__main__.py",
+    "cli.py",
+    "demo.py",
+    "jobs.py",
+    "report.py",
+    "support.py",
+    "training",
+)
 
 
 # --------------------------------------------------------------------------- clocks
@@ -163,7 +174,7 @@ class ForwardMeter:
             synchronize(next(module.parameters()).device)
 
 
-def _depth(model: nn.Module) -> int:
+def _depth(model: Any) -> int:
     return model.config.get_text_config(decoder=True).num_hidden_layers
 
 
@@ -231,14 +242,20 @@ def _git(*args: str) -> str:
     return answer.stdout.strip()
 
 
-def code_hash() -> str:
-    """Fingerprint of the source that is measured, so that an uncommitted change shows."""
+def code_hash(bundles: Sequence[str] = ()) -> str:
+    """Fingerprint of what is measured, so that an uncommitted change or a new model shows.
+
+    Args:
+        bundles: Bundled folders whose files are part of it.
+    """
+    paths = sorted((_ROOT / "mmspec").rglob("*.py")) + sorted((_ROOT / "pipelines").rglob("*.py"))
+    for name in bundles:
+        found = sorted(bundled_path(name).iterdir())
+        paths += [path for path in found if path.suffix in (".safetensors", ".jsonl", ".py")]
     digest = hashlib.sha256()
-    for folder in ("mmspec", "pipelines"):
-        for path in sorted((_ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(_ROOT).parts
-            if not set(parts) & set(_NOT_MEASURED):
-                digest.update("/".join(parts).encode() + path.read_bytes())
+    for path in paths:
+        if not set(path.relative_to(_ROOT).parts) & set(_NOT_MEASURED):
+            digest.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -277,13 +294,13 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """What a reader needs in order to repeat a number."""
+def provenance(device: torch.device, bundles: Sequence[str] = ()) -> dict[str, Any]:
+    """What a reader needs in order to repeat a number; ``bundles`` as in `code_hash`."""
     facts: dict[str, Any] = {
         "versions": versions(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "code": code_hash(),
+        "code": code_hash(bundles),
     }
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return {

@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class TextModel:
     """
 
     name: str
-    model: nn.Module
+    model: Any
     encode: Callable[[str], list[int]]
     eos_token_ids: tuple[int, ...]
 
@@ -326,8 +327,8 @@ def image_engine(
         max_width=width,
         shared_noise=True,
     )
-    schedule = FixedSchedule(width, lambda: rows.max_remaining)
-    return Engine(target, drafter, build_rule("exact", law, rows), schedule)
+    rule: Any = build_rule("exact", law, rows)
+    return Engine(target, drafter, rule, FixedSchedule(width, lambda: rows.max_remaining))
 
 
 def load_captions(limit: int) -> list[dict[str, Any]]:
@@ -367,7 +368,7 @@ def static_card(target: Any, widths: Sequence[int] = CARD_WIDTHS, repeats: int =
             tokens = tokens.to(device)
             tokens[:, 0] = rows.roots_B()
             proposal = pack_chain(tokens, [width - 1] * rows.num_rows, target.vocab_size)
-            _, elapsed_s = timed(lambda proposal=proposal: target.score(proposal), device)
+            _, elapsed_s = timed(partial(target.score, proposal), device)
             if repeat:  # the first round warms up
                 times[width].append(elapsed_s)
     one = statistics.median(times[widths[0]])

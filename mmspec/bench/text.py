@@ -46,7 +46,11 @@ from mmspec.bench.tasks import System, Task, Unavailable, interleaved, run_tasks
 
 KINDS = ("edit", "structured", "code", "chat")
 #: transformers' modes -> their options for ``generate``; the layers of the early exit are added.
-GENERATE = {"generate": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}, "hf_early_exit": {}}
+GENERATE: dict[str, dict[str, Any]] = {
+    "generate": {},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 10},
+    "hf_early_exit": {},
+}
 #: Our drafters, with the exact rule.
 OURS = {"plain": "none", "ngram": "ngram", "early_exit": "early_exit", "jacobi": "jacobi"}
 SYSTEMS = (*GENERATE, *OURS)
@@ -112,7 +116,7 @@ def run(
         for heat in csv(temperature)
         for name, loaded in models.items()
     ]
-    facts = provenance(torch.device(device))
+    facts = provenance(torch.device(device), ["prompts"])
     card = [
         {"type": "card", "model": model, "dtype": name, "batch": size, **line}
         for name, loaded in models.items()
@@ -206,7 +210,11 @@ def _measure(
     config: Config, name: str, prompts: list[list[int]], budget: int, repeat: int
 ) -> Sample:
     loaded, seed = config.loaded, config.seed + repeat
-    common = {"max_new_tokens": budget, "temperature": config.temperature, "seed": seed}
+    common: dict[str, Any] = {
+        "max_new_tokens": budget,
+        "temperature": config.temperature,
+        "seed": seed,
+    }
     with ForwardMeter(loaded.model) as meter:
         if name in OURS:
             result, time_s = timed(
@@ -230,7 +238,7 @@ def _measure(
 def _generate(
     config: Config, name: str, prompts: list[list[int]], common: Mapping[str, Any]
 ) -> tuple[list[list[int]], float]:
-    options: dict[str, object] = dict(GENERATE[name])
+    options: dict[str, Any] = dict(GENERATE[name])
     if name == "hf_early_exit":
         depth = config.loaded.model.config.num_hidden_layers
         options["assistant_early_exit"] = max(1, depth // 3)  # as our own early exit
@@ -400,8 +408,10 @@ def _speed_table(rows: Sequence[Sample]) -> str:
     headers = ["kind", "system", "guarantee", "inputs", "tau", "ms/token"]
     headers += ["× generate (median)", "× generate (total)", "× plain (median)"]
     headers += ["= generate", "= plain"]
-    names = ("kind", "system", "guarantee", "num_inputs", "tau", "ms_per_token", "speedup_median")
-    names += ("speedup_total", "speedup_over_plain_median")
+    names = [
+        *("kind", "system", "guarantee", "num_inputs", "tau", "ms_per_token"),
+        *("speedup_median", "speedup_total", "speedup_over_plain_median"),
+    ]
     return table(
         headers,
         [

@@ -53,12 +53,12 @@ def parse_spec(spec: DrafterSpec) -> tuple[str, dict[str, Any]]:
 def build_drafter(
     spec: DrafterSpec,
     *,
-    target: Any,  # noqa: ANN401 - a target adapter; typed as what is used here
+    target: Any,
     rows: TokenRows,
     law: Law,
     max_width: int,
     shared_noise: bool,
-) -> Any:  # noqa: ANN401 - any class that follows the Drafter protocol
+) -> Any:
     """Makes a drafter for token rows.
 
     Args:

@@ -1,6 +1,7 @@
 """A smaller causal language model as drafter: batched, ragged, with its own slot cache."""
 
 import copy
+
 import torch
 from torch import Tensor, nn
 

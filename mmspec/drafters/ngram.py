@@ -54,9 +54,9 @@ class NgramDrafter:
         Raises:
             ValueError: If a number is out of range.
         """
-        self.memory = (
-            memory if memory is not None else NgramTrie(max_match=max_match, max_draft=128)
-        )
+        if memory is None:
+            memory = NgramTrie(max_match=max_match, max_draft=BUCKETS[-1])
+        self.memory = memory
         self._corpus = corpus
         self._rows = rows
         self._vocab_size = vocab_size

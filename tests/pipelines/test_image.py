@@ -1,0 +1,237 @@
+"""The image pipeline and the Janus adapter, on a tiny random Janus of transformers' own class."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
+
+from mmspec.pipelines import SpeculativeImagePipeline
+
+BOS, PAD, BOI = 1, 0, 2
+WORDS = ["a", "pixel", "avatar", "with", "red", "blue", "hair", "and", "glasses"]
+PROMPTS = ["a pixel avatar", "a pixel avatar with red hair and glasses", "blue"]
+
+
+@pytest.fixture(scope="module")
+def model() -> JanusForConditionalGeneration:
+    torch.manual_seed(0)
+    config = JanusConfig(
+        text_config={
+            "model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+        },
+        vision_config={
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16,
+            "patch_size": 4, "projection_dim": 32, "num_image_tokens": 16, "mlp_ratio": 2,
+        },
+        vq_config={
+            "embed_dim": 8, "num_embeddings": 24, "latent_channels": 8, "base_channels": 32,
+            "channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 32,
+            "num_patches": 4, "hidden_size": 32, "image_token_embed_dim": 32,
+        },
+    )  # fmt: skip
+    model = JanusForConditionalGeneration(config).double().eval()
+    model.generation_config.generation_kwargs = {"boi_token_id": BOI}
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.bos_token_id = BOS
+    # Otherwise transformers rebuilds the generation config from the model's when it loads one.
+    model.generation_config._from_model_config = False
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": PAD, "<bos>": BOS, "<boi>": BOI, "<unk>": 3}
+    vocabulary |= {word: 4 + index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture
+def pipe(model, tokenizer) -> SpeculativeImagePipeline:
+    pipe = SpeculativeImagePipeline.from_model(model, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeds(*values: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(value) for value in values]
+
+
+def tokens(pipe, prompt=PROMPTS, **options) -> torch.Tensor:
+    count = 1 if isinstance(prompt, str) else len(prompt)
+    options = {"generator": seeds(*range(count)), "output_type": "tokens"} | options
+    return pipe(prompt, **options).tokens
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0, 5.0])
+def test_greedy_is_that_of_transformers(pipe, model, tokenizer, guidance):
+    ours = tokens(pipe, guidance_scale=guidance, temperature=0.0, window=8)
+    for row, prompt in enumerate(PROMPTS):
+        ids = torch.tensor([[*tokenizer(prompt)["input_ids"], BOI]])
+        # Below guidance 1 transformers doubles the batch and then trips over it, so a scale just
+        # above 1 stands in for 1: with the same argmax at every step of this model.
+        theirs = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_mode="image",
+            do_sample=False,
+            guidance_scale=guidance if guidance > 1 else 1.0 + 1e-9,
+        )
+        assert ours[row].tolist() == theirs[0].tolist()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 16, 64])
+def test_exact_is_sequential_for_every_window(pipe, guidance, temperature, window):
+    options = {"guidance_scale": guidance, "temperature": temperature, "top_k": 12}
+    plain = tokens(pipe, decoder="sequential", **options)
+    assert torch.equal(tokens(pipe, decoder="exact", window=window, **options), plain)
+
+
+@pytest.mark.parametrize("decoder", ["sequential", "exact", "coupled", "sjd"])
+def test_row_of_a_batch_is_its_single_run(pipe, decoder):
+    batch = tokens(pipe, decoder=decoder, window=8)
+    for row, prompt in enumerate(PROMPTS):
+        single = tokens(pipe, prompt, decoder=decoder, window=8, generator=seeds(row))
+        assert torch.equal(batch[row], single[0])
+
+
+def test_image_of_a_prompt_is_its_single_run(pipe):
+    many = tokens(pipe, PROMPTS[0], num_images_per_prompt=3, generator=seeds(4, 5, 6))
+    assert torch.equal(many[1], tokens(pipe, PROMPTS[0], generator=seeds(5))[0])
+    assert not torch.equal(many[0], many[1])
+
+
+def test_one_generator_serves_all_rows_reproducibly(pipe):
+    first = tokens(pipe, generator=torch.Generator().manual_seed(9))
+    assert torch.equal(first, tokens(pipe, generator=torch.Generator().manual_seed(9)))
+    # The first row draws the first key, as a call for it alone would.
+    alone = tokens(pipe, PROMPTS[0], generator=torch.Generator().manual_seed(9))
+    assert torch.equal(first[0], alone[0])
+
+
+def test_no_generator_is_the_global_one(pipe):
+    torch.manual_seed(3)
+    first = tokens(pipe, generator=None)
+    torch.manual_seed(3)
+    assert torch.equal(first, tokens(pipe, generator=None))
+
+
+def test_output_types_and_step_maps(pipe):
+    out = pipe(PROMPTS, generator=seeds(0, 1, 2), window=8)
+    assert [image.size for image in out.images] == [(8, 8)] * 3
+    assert out.step_maps.shape == (3, 4, 4)
+    for row, step_map in enumerate(out.step_maps):
+        steps = step_map.flatten()
+        assert steps[0] == 0
+        assert (steps.diff() >= 0).all()
+        assert int(steps[-1]) + 1 == out.row_stats[row].num_target_forwards
+    array = pipe(PROMPTS, generator=seeds(0, 1, 2), output_type="np").images
+    tensor = pipe(PROMPTS, generator=seeds(0, 1, 2), output_type="pt").images
+    assert array.shape == (3, 8, 8, 3)
+    assert tensor.shape == (3, 3, 8, 8)
+    assert 0 <= array.min()
+    assert array.max() <= 1
+    assert np.allclose(array, tensor.permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.parametrize(
+    ("decoder", "guarantee"),
+    [("sequential", "exact"), ("exact", "exact"), ("coupled", "distribution"),
+     ("sjd", "distribution")],
+)  # fmt: skip
+def test_guarantee_is_named(pipe, decoder, guarantee):
+    assert pipe("a", decoder=decoder, output_type="tokens").stats.guarantee == guarantee
+
+
+def test_callback_interrupts_and_keeps_what_there_is(pipe):
+    full = tokens(pipe, PROMPTS[0], decoder="sequential")
+    seen = []
+
+    def stop_after_five(pipeline, step, details):
+        seen.append((pipeline, step, details["record"].num_emitted))
+        return step == 4
+
+    out = pipe(
+        PROMPTS[0],
+        decoder="sequential",
+        generator=seeds(0),
+        callback_on_step_end=stop_after_five,
+    )
+    assert out.interrupted
+    assert out.images is None
+    assert [step for _, step, _ in seen] == [0, 1, 2, 3, 4]
+    assert out.tokens[0, :5].tolist() == full[0, :5].tolist()
+    assert (out.tokens[0, 5:] == -1).all()
+
+
+def test_interrupt_method_stops_the_call(pipe):
+    out = pipe(PROMPTS[0], callback_on_step_end=lambda pipeline, *_: pipeline.interrupt())
+    assert out.interrupted
+
+
+def test_saved_and_loaded_is_the_same(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = SpeculativeImagePipeline.from_pretrained(tmp_path, dtype=torch.float64)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(tokens(loaded), tokens(pipe))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder": "magic"}, "unknown decoder 'magic'; known: sequential, exact"),
+        ({"window": 0}, "window must be between 1 and 128, got 0"),
+        ({"window": 129}, "got 129"),
+        ({"temperature": -1.0}, "temperature must be a number >= 0, got -1.0"),
+        ({"top_k": 0}, "top_k must be None or an integer >= 1, got 0"),
+        ({"top_p": 1.5}, "top_p must be"),
+        ({"guidance_scale": -2.0}, "guidance_scale must be >= 0, got -2.0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer >= 1, got 0"),
+        ({"generator": seeds(1)}, "a list of 1 for 3 rows"),
+        ({"output_type": "gif"}, "output_type must be one of"),
+        ({"callback_on_step_end": lambda: None}, "callback_on_step_end must take"),
+    ],
+)
+def test_bad_options_are_refused_before_any_forward(pipe, model, monkeypatch, options, message):
+    monkeypatch.setattr(model.model.language_model, "forward", _must_not_run)
+    with pytest.raises(ValueError, match=message):
+        pipe(PROMPTS, **options)
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", [], ["a", ""], [3]])
+def test_bad_prompts_are_refused(pipe, prompt):
+    with pytest.raises(ValueError, match="prompt"):
+        pipe(prompt)
+
+
+def test_prompt_longer_than_the_model_is_refused(pipe):
+    with pytest.raises(ValueError, match="context of 64"):
+        pipe("a " * 60)
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(ValueError, match="known: avatars|bundled:avatars"):
+        SpeculativeImagePipeline.from_pretrained("bundled:nothing")
+
+
+def test_a_model_of_another_family_is_refused(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                    num_attention_heads=1)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="LlamaForCausalLM .* known: janus"):
+        SpeculativeImagePipeline.from_model(llama, tokenizer)
+
+
+def _must_not_run(*args, **kwargs):
+    raise AssertionError("a forward ran before the arguments were checked")

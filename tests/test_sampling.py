@@ -1,0 +1,352 @@
+"""The noise is what it says, and every stage of a law is transformers' processor, node by node."""
+
+import pytest
+import torch
+from scipy import stats
+from transformers import generation as hf
+
+from mmspec import sampling
+from mmspec.records import Proposal
+from mmspec.sampling import (
+    Allowed,
+    AllowedTokens,
+    BadWords,
+    LawConfig,
+    LawContext,
+    MinNewTokens,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Salt,
+    Temperature,
+    TopK,
+    TopP,
+    build_law,
+    gumbel,
+    path_tail,
+    row_keys,
+    uniform,
+)
+from mmspec.tree import pack_trees
+
+KEYS = row_keys(torch.Generator().manual_seed(3), 4)
+V = 12
+
+
+def positions(num_rows: int, count: int, start: int = 0) -> torch.Tensor:
+    return torch.arange(start, start + count).expand(num_rows, -1)
+
+
+# --------------------------------------------------------------------------- noise
+
+
+def test_uniforms_are_uniform_and_gumbels_are_gumbel():
+    u = uniform(KEYS, positions(4, 20_000), Salt.ACCEPT).flatten().double().numpy()
+    assert stats.kstest(u, "uniform").pvalue > 1e-3
+    g = gumbel(KEYS, positions(4, 500), 100).flatten().double().numpy()
+    assert stats.kstest(g, "gumbel_r").pvalue > 1e-3
+    assert stats.kstest(g + 0.02, "gumbel_r").pvalue < 1e-6  # the test sees a small shift
+
+
+def streams() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of noise that must know nothing of each other."""
+    base = gumbel(KEYS, positions(4, 400), 64)
+    wide = gumbel(KEYS + 1, positions(4, 400), 64)
+    row = row_keys(torch.Generator().manual_seed(9), 1)
+    counted = row + torch.arange(2000)  # keys that differ in their last bits only
+    one = gumbel(counted, positions(2000, 1), 64)[:, 0]
+    return {
+        "tokens": (base[..., :-1], base[..., 1:]),
+        "far tokens": (base[..., :32], base[..., 32:]),
+        "positions": (base[:, :-1], base[:, 1:]),
+        "keys": (base, wide),
+        "rows": (one[:-1], one[1:]),
+        "salts": (base, gumbel(KEYS, positions(4, 400), 64, Salt.RESIDUAL)),
+        "steps": (base, gumbel(KEYS, positions(4, 400), 64, Salt.CHOICE, 1)),
+        "diagonal": (base[:, :-1, :-1], base[:, 1:, 1:]),
+    }
+
+
+@pytest.mark.parametrize("kind", list(streams()))
+def test_noise_is_independent(kind):
+    first, second = (x.flatten().double().numpy() for x in streams()[kind])
+    assert stats.pearsonr(first, second).pvalue > 1e-3
+    # Which of the pair is larger is a fair coin, in the tails too (they decide every choice).
+    high = first > 3
+    assert stats.binomtest(int((second[high] > 0.36651).sum()), int(high.sum())).pvalue > 1e-3
+    assert (first == second).mean() < 1e-3
+
+
+def test_a_choice_has_its_law():
+    law = torch.tensor([0.5, 0.25, 0.125, 0.1, 0.025])
+    noise = gumbel(KEYS, positions(4, 10_000), 5)
+    choices = sampling.sample(law.log().expand(4, 10_000, -1), noise).flatten()
+    counts = torch.bincount(choices, minlength=5)
+    assert stats.chisquare(counts.numpy(), (law * 40_000).numpy()).pvalue > 1e-3
+    pairs = torch.bincount(choices[:-1] * 5 + choices[1:], minlength=25).double()
+    expected = torch.outer(law, law).flatten().double() * (len(choices) - 1)
+    assert stats.chisquare(pairs.numpy(), expected.numpy(), sum_check=False).pvalue > 1e-3
+
+
+def test_noise_is_a_function_of_key_position_and_token_alone():
+    whole = gumbel(KEYS, positions(4, 40, 7), 50)
+    assert torch.equal(gumbel(KEYS[2:3], positions(1, 40, 7), 50)[0], whole[2])
+    assert torch.equal(gumbel(KEYS.flip(0), positions(4, 3, 20), 50), whole.flip(0)[:, 13:16])
+    assert torch.equal(gumbel(KEYS, positions(4, 40, 7), 20), whole[..., :20])
+    ragged = torch.stack([torch.arange(5) + start for start in (7, 9, 30, 12)])
+    for row, noise in enumerate(gumbel(KEYS, ragged, 50)):
+        assert torch.equal(noise, whole[row][ragged[row] - 7])
+    assert torch.equal(
+        uniform(KEYS, ragged, Salt.ACCEPT, 5), uniform(KEYS, ragged, Salt.ACCEPT, torch.tensor(5))
+    )
+
+
+@pytest.mark.parametrize("bits", [0, -1, 2**31 - 1, -(2**31), 1, 2**31 - 64])
+def test_extreme_hashes_stay_inside(bits):
+    u = sampling._unit_interval(torch.tensor([bits], dtype=torch.int32))
+    assert 0 < float(u) < 1
+    g = -(-torch.log1p(-u)).log()
+    assert bool(g.isfinite().all())
+    assert -2.9 < float(g) < 22.3
+
+
+@pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63)])
+def test_extreme_keys_and_positions_are_finite_and_fresh(key):
+    keys = torch.tensor([key])
+    at = torch.tensor([[0, 1, 2**31, 2**62, -1]])
+    noise = gumbel(keys, at, 200)
+    assert bool(noise.isfinite().all())
+    assert len(noise.unique()) > 990
+
+
+def test_row_keys_of_one_generator_and_of_many():
+    made = row_keys(torch.Generator().manual_seed(5), 3)
+    assert len(set(made.tolist())) == 3
+    alone = [torch.Generator().manual_seed(s) for s in (5, 6)]
+    assert int(row_keys(alone, 2)[0]) == int(made[0])
+    torch.manual_seed(5)
+    assert torch.equal(row_keys(None, 3), made)
+    with pytest.raises(ValueError, match="list of 2 for 3 rows"):
+        row_keys(alone, 3)
+
+
+# --------------------------------------------------------------------------- laws
+
+
+@pytest.fixture
+def tree() -> Proposal:
+    """Two rows: a branching tree and a short chain with padding."""
+    return pack_trees(
+        [[3, 5, 3, 7, 1], [4, 4]], [[-1, 0, 0, 2, -1], [-1, 0]], torch.tensor([2, 5]), V, 6
+    )
+
+
+HISTORY = [[1, 8, 2], [9, 3, 4, 4, 5]]
+PROMPTS = [2, 3]
+
+
+@pytest.fixture
+def context(tree) -> LawContext:
+    history = torch.full((2, 9), 6)  # 6 stands past the ends, where it must not count
+    for row, tokens in enumerate(HISTORY):
+        history[row, : len(tokens)] = torch.tensor(tokens)
+    lengths = torch.tensor([len(tokens) for tokens in HISTORY])
+    return LawContext(
+        tokens_BN=tree.tokens_BN,
+        ancestors_BNN=tree.ancestors_BNN,
+        depth_BN=tree.depth_BN,
+        positions_BN=lengths[:, None] - 1 + tree.depth_BN,
+        history_BT=history,
+        lengths_B=lengths,
+        prompt_lengths_B=torch.tensor(PROMPTS),
+    )
+
+
+def path_to(tree: Proposal, row: int, node: int) -> list[int]:
+    drafted = []
+    while node:
+        drafted.insert(0, int(tree.tokens_BN[row, node]))
+        node = int(tree.parents_BN[row, node])
+    return HISTORY[row] + drafted
+
+
+def nodes() -> list[tuple[int, int]]:
+    return [(0, n) for n in range(6)] + [(1, n) for n in range(3)]
+
+
+def tied_logits() -> torch.Tensor:
+    """Random logits with many ties and both signs."""
+    return torch.randn(2, 6, V, dtype=torch.float64).mul(2).round()
+
+
+def smooth_logits() -> torch.Tensor:
+    return torch.randn(2, 6, V, dtype=torch.float64) * 2
+
+
+BAD = ((3, 5), (7,), (2, 3, 3), (4, 4, 4, 1), (9, 3, 4, 4, 5, 0))
+EOS = (0, 11)
+
+STAGES = {
+    "temperature": (Temperature(0.7), lambda row: hf.TemperatureLogitsWarper(0.7)),
+    "top-k": (TopK(4), lambda row: hf.TopKLogitsWarper(4)),
+    "top-k of more than there are": (TopK(99), lambda row: hf.TopKLogitsWarper(99)),
+    "top-p": (TopP(0.8), lambda row: hf.TopPLogitsWarper(0.8)),
+    "top-p tiny": (TopP(1e-6), lambda row: hf.TopPLogitsWarper(1e-6)),
+    "min-p": (MinP(0.15), lambda row: hf.MinPLogitsWarper(0.15)),
+    "repetition": (
+        RepetitionPenalty(1.7),
+        lambda row: hf.RepetitionPenaltyLogitsProcessor(1.7),
+    ),
+    "bad words": (
+        BadWords(BAD),
+        lambda row: hf.NoBadWordsLogitsProcessor([list(w) for w in BAD]),
+    ),
+    "min new tokens": (
+        MinNewTokens(3, EOS),
+        lambda row: hf.MinNewTokensLengthLogitsProcessor(PROMPTS[row], 3, list(EOS), device="cpu"),
+    ),
+}
+
+
+# Which of two equal logits a nucleus keeps is left to the sort, so ties are looked at below.
+CASES = [(name, smooth_logits) for name in STAGES]
+CASES += [(name, tied_logits) for name in STAGES if not name.startswith("top-p")]
+
+
+@pytest.mark.parametrize(("name", "make"), CASES)
+def test_a_stage_is_the_processor_of_transformers_on_every_path(name, make, tree, context):
+    stage, reference = STAGES[name]
+    for _ in range(5):
+        logits = make()
+        untouched = logits.clone()
+        got = stage(logits, context)
+        assert torch.equal(logits, untouched)
+        for row, node in nodes():
+            ids = torch.tensor([path_to(tree, row, node)])
+            wanted = reference(row)(ids, untouched[row, node][None].clone())[0]
+            torch.testing.assert_close(got[row, node], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_top_p_keeps_enough_and_no_more_under_ties(context):
+    law = TopP(0.6)(tied_logits(), context).softmax(-1)
+    logits = tied_logits()
+    kept = TopP(0.6)(logits, context).isfinite()
+    probs = logits.softmax(-1)
+    mass = (probs * kept).sum(-1)
+    smallest = probs.masked_fill(~kept, 2.0).amin(-1)
+    assert bool((mass >= 0.6 - 1e-9).all())
+    assert bool((mass - smallest < 0.6 + 1e-9).all())
+    assert bool(law.isfinite().all())
+
+
+def test_presence_penalty_counts_the_output_once_and_not_the_prompt(tree, context):
+    logits = smooth_logits()
+    got = PresencePenalty(0.5)(logits, context)
+    for row, node in nodes():
+        wanted = logits[row, node].clone()
+        for token in set(path_to(tree, row, node)[PROMPTS[row] :]):
+            wanted[token] -= 0.5
+        torch.testing.assert_close(got[row, node], wanted)
+
+
+def test_allowed_tokens_go_by_the_position_of_the_next_token(tree, context):
+    masks = torch.zeros(3, V, dtype=torch.bool)
+    masks[0] = True
+    masks[1, :4] = True
+    masks[2, 6] = True
+    classes = torch.tensor([2, 2, 2, 1, 2, 0, 1])  # positions from 7 on use class 0
+    logits = smooth_logits()
+    got = Allowed(AllowedTokens(class_of_position_T=classes, masks_CV=masks))(logits, context)
+    for row, node in nodes():
+        position = len(path_to(tree, row, node))
+        kind = int(classes[position]) if position < 7 else 0
+        wanted = logits[row, node].masked_fill(~masks[kind], float("-inf"))
+        assert torch.equal(got[row, node], wanted)
+
+
+def test_a_class_that_forbids_everything_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        AllowedTokens(
+            class_of_position_T=torch.zeros(3, dtype=torch.long),
+            masks_CV=torch.tensor([[True, True], [False, False]]),
+        )
+
+
+def test_a_whole_law_applies_its_stages_in_the_order_of_transformers(tree, context):
+    config = LawConfig(
+        temperature=0.7, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.2, bad_words=BAD,
+        min_new_tokens=3, eos_token_ids=EOS,
+    )  # fmt: skip
+    logits = smooth_logits()
+    got = build_law(config)(logits, context)
+    order = ["repetition", "bad words", "min new tokens"]
+    for row, node in nodes():
+        ids = torch.tensor([path_to(tree, row, node)])
+        wanted = logits[row, node][None].clone()
+        processors = [STAGES[name][1](row) for name in order]
+        processors[0] = hf.RepetitionPenaltyLogitsProcessor(1.2)
+        processors += [
+            hf.TemperatureLogitsWarper(0.7),
+            hf.TopKLogitsWarper(9),
+            hf.TopPLogitsWarper(0.9),
+            hf.MinPLogitsWarper(0.02),
+        ]
+        for processor in processors:
+            wanted = processor(ids, wanted)
+        torch.testing.assert_close(got[row, node], wanted[0], rtol=1e-12, atol=1e-12)
+
+
+def test_greedy_leaves_the_warpers_out_and_keeps_the_rest():
+    config = LawConfig(temperature=0, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.2)
+    law = build_law(config)
+    assert law.is_greedy
+    assert [type(stage) for stage in law.stages] == [RepetitionPenalty]
+
+
+def test_history_outside_the_vocabulary_counts_as_nothing(context):
+    """An image row has a text prompt, whose ids are not the target's."""
+    import dataclasses
+
+    history = context.history_BT.clone()
+    history[0, 0], history[1, 0] = 10**6, -1
+    strange = dataclasses.replace(context, history_BT=history)
+    logits = smooth_logits()
+    got = RepetitionPenalty(2.0)(logits, strange)
+    same = [t for t in range(V) if t not in (1, 9)]  # what the history held before
+    wanted = RepetitionPenalty(2.0)(logits, context)
+    assert torch.equal(got[..., same], wanted[..., same])
+
+
+def test_path_tails_by_hand(tree, context):
+    tail = path_tail(context, 4)
+    assert tail[0, 0].tolist() == [-1, 1, 8, 2]
+    assert tail[0, 4].tolist() == [2, 3, 3, 7]
+    assert tail[1, 2].tolist() == [4, 5, 4, 4]
+    assert path_tail(context, 0).shape == (2, 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", float("inf")),
+        ("presence_penalty", float("nan")),
+        ("min_new_tokens", -1),
+        ("bad_words", ((),)),
+        ("bad_words", ((3, -1),)),
+        ("eos_token_ids", (-1,)),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        LawConfig(**{field: value})
