@@ -136,6 +136,7 @@ class Section:
         fast_name: Name of the speculative one.
         samples: The samples; empty if it was skipped.
         skipped: Why it was skipped, if it was.
+        num_left_out: Samples that there was no time for.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Section:
     fast_name: str
     samples: Sequence[Sample] = ()
     skipped: str | None = None
+    num_left_out: int = 0
 
     @property
     def plain(self) -> Total:
@@ -201,6 +203,7 @@ class DemoReport:
                     "gain": round(section.gain, 3),
                     "is_same": section.is_same,
                     "setting": section.setting,
+                    "num_left_out": section.num_left_out,
                 }
             rows.append(row | {"skipped": section.skipped})
         return {"command": self.command, "page": self.path, "facts": self.facts, "rows": rows}
@@ -221,6 +224,7 @@ class DemoReport:
                 cells = (sums.num_units, sums.num_target_forwards, f"{sums.tau:.2f}")
                 seconds = f"{sums.wall_time_s:.2f}"
                 lines.append(form.format(section.name, name, *cells, seconds, gain, verdict))
+        lines += [f"{s.name}: {_left_out(s)}" for s in self.sections if s.num_left_out]
         return "\n".join([*lines, f"page: {self.path}"])
 
 
@@ -279,6 +283,10 @@ _HOW = (
 )
 
 
+def _left_out(section: Section) -> str:
+    return f"{section.num_left_out} more left out for lack of time: a slow or busy machine."
+
+
 def _section(section: Section) -> str:
     title = f"<h2>{section.name}</h2>"
     if section.skipped:
@@ -287,6 +295,7 @@ def _section(section: Section) -> str:
             f"{html.escape(section.skipped)}</div></section>"
         )
     about = f'<p class="note">{html.escape(section.model)}, {html.escape(section.setting)}.'
+    about += f" <b>{_left_out(section)}</b>" if section.num_left_out else ""
     if isinstance(section.samples[0], ImageSample):
         tiles = "".join(_tile(s) for s in section.samples if isinstance(s, ImageSample))
         return (

@@ -19,7 +19,8 @@ h2{font-size:1.5rem;letter-spacing:-.01em;margin:3.2rem 0 .6rem}
 .lead{font-size:1.12rem;color:var(--soft);max-width:44rem;margin:0 0 1.6rem}
 .note{color:var(--soft);margin:.2rem 0 1rem;max-width:50rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:1.1rem 1.2rem}
-.numbers,.tiles,.charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(290px,1fr))}
+.numbers,.tiles,.charts{display:grid;gap:1rem;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
 .number span{display:block;color:var(--soft);font-size:.92rem}
 .number strong{display:block;font-size:2.1rem;line-height:1.25;letter-spacing:-.02em;
 font-variant-numeric:tabular-nums}
@@ -99,8 +100,8 @@ for(const tile of tiles){const race=JSON.parse(tile.dataset.race);
   lanes.push({canvas,race,fast:shot.dataset.track==='fast'})}}
 const seconds=6,pace=seconds/slowest;
 document.getElementById('pace').textContent=pace>=1?
- `replay at 1/${pace.toFixed(1)} of the measured speed`:
- `replay at ${(1/pace).toFixed(1)} times the measured speed`;
+ `${pace.toFixed(1)} times slower than measured`:
+ `${(1/pace).toFixed(1)} times faster than measured`;
 const cover=getComputedStyle(document.documentElement).getPropertyValue('--empty');
 function draw(lane,t){const {canvas,race,fast}=lane,pen=canvas.getContext('2d'),w=canvas.width;
  const length=(fast?race.fast:race.plain)*pace;

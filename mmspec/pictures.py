@@ -133,7 +133,8 @@ def read_png_metadata(path: str | Path) -> dict[str, str] | None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            return {str(key): str(value) for key, value in image.text.items()}
+            texts: dict[str, str] = getattr(image, "text", {})
+            return {key: str(value) for key, value in texts.items()}
     except (OSError, UnidentifiedImageError, SyntaxError):
         return None
 

@@ -88,10 +88,8 @@ def _position_hash(
 ) -> Int[Tensor, "B N"]:
     """64 well-mixed bits for each (row key, position, salt, step)."""
     offset = _signed((salt + 1) * _GOLDEN_64 % (1 << 64), 64)
-    if isinstance(step, int):
-        step = _signed(step * _MIX_B_64 % (1 << 64), 64)
-    else:
-        step = step * _MIX_B_64
+    is_host = isinstance(step, int)
+    step = _signed(step * _MIX_B_64 % (1 << 64), 64) if is_host else step * _MIX_B_64
     stream_B = _mix64(keys_B + offset) + step
     return _mix64(_mix64(stream_B)[:, None] + positions_BN * _GOLDEN_64)
 
@@ -209,17 +207,26 @@ class LawConfig:
     def __post_init__(self) -> None:
         """Refuses values outside their range."""
         checks = (
-            (_is_number(self.temperature) and 0 <= self.temperature < math.inf,
-             "temperature", "a number >= 0"),
-            (self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1),
-             "top_k", "None or an integer >= 1"),
+            (
+                _is_number(self.temperature) and 0 <= self.temperature < math.inf,
+                "temperature",
+                "a number >= 0",
+            ),
+            (
+                self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1),
+                "top_k",
+                "None or an integer >= 1",
+            ),
             (self.top_p is None or 0 < self.top_p <= 1, "top_p", "None or in (0, 1]"),
             (self.min_p is None or 0 <= self.min_p <= 1, "min_p", "None or in [0, 1]"),
             (0 < self.repetition_penalty < math.inf, "repetition_penalty", "a number > 0"),
             (abs(self.presence_penalty) < math.inf, "presence_penalty", "a finite number"),
             (self.min_new_tokens >= 0, "min_new_tokens", ">= 0"),
-            (all(self.bad_words) and all(t >= 0 for word in self.bad_words for t in word),
-             "bad_words", "non-empty sequences of token ids"),
+            (
+                all(self.bad_words) and all(t >= 0 for word in self.bad_words for t in word),
+                "bad_words",
+                "non-empty sequences of token ids",
+            ),
             (all(token >= 0 for token in self.eos_token_ids), "eos_token_ids", "token ids"),
         )
         for good, name, rule in checks:
@@ -296,17 +303,23 @@ def build_law(config: LawConfig) -> Law:
         stages.append(MinNewTokens(config.min_new_tokens, config.eos_token_ids))
     if config.allowed is not None:
         stages.append(Allowed(config.allowed))
-    # At temperature 0 the warpers below keep the argmax, so they are left out.
+    # At temperature 0 the warpers keep the argmax, so they are left out.
     if not config.is_greedy:
-        if config.temperature != 1.0:
-            stages.append(Temperature(config.temperature))
-        if config.top_k is not None:
-            stages.append(TopK(config.top_k))
-        if config.top_p is not None and config.top_p < 1.0:
-            stages.append(TopP(config.top_p))
-        if config.min_p:
-            stages.append(MinP(config.min_p))
+        stages += _warpers(config)
     return Law(stages=tuple(stages), is_greedy=config.is_greedy)
+
+
+def _warpers(config: LawConfig) -> list[Stage]:
+    stages: list[Stage] = []
+    if config.temperature != 1.0:
+        stages.append(Temperature(config.temperature))
+    if config.top_k is not None:
+        stages.append(TopK(config.top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        stages.append(TopP(config.top_p))
+    if config.min_p:
+        stages.append(MinP(config.min_p))
+    return stages
 
 
 @dataclass(frozen=True, slots=True)

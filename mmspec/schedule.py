@@ -54,9 +54,10 @@ def _clamped(width: int, remaining: int) -> int:
 class AdaptiveSchedule:
     """Drafts as much as pays: expected units per second from measured acceptance and cost.
 
-    With conditional acceptance ``a_k`` at depth k, a row of width w gets ``1 + a_1 + a_1 a_2 + ...``
-    units from a step that costs what steps of that width took lately; the width with the best ratio
-    wins. Where the drafter is silent the step is plain, so the ratio is taken over both.
+    With conditional acceptance ``a_k`` at depth k, a row of width w gets
+    ``1 + a_1 + a_1 a_2 + ...`` units from a step that costs what steps of that width took lately;
+    the width with the best ratio wins. Where the drafter is silent the step is plain, so the ratio
+    is taken over both.
 
     If plain decoding wins, drafts are a probe, and probes are paid from a budget: what they lose
     against plain decoding may grow to a fixed share of the time, so a useless drafter costs that
@@ -128,7 +129,9 @@ class AdaptiveSchedule:
         if self._asked == 1:
             return
         num_drafting = sum(
-            levels > 0 for levels, on in zip(record.num_levels, record.was_active, strict=True) if on
+            levels > 0
+            for levels, on in zip(record.num_levels, record.was_active, strict=True)
+            if on
         )
         self._share_of_steps = _blended(self._share_of_steps, num_drafting > 0)
         if not num_drafting:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mmspec.adapters.causal_lm import CausalTarget, check_fits
+from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.adapters.kv_exchange import check_exchangeable, export_cache, import_cache
 from mmspec.adapters.lockstep import Lockstep, sort_criteria
 from mmspec.adapters.processors import Layout, law_from_processors
@@ -106,7 +106,7 @@ class Settings:
 
 
 def build_engine(
-    model: nn.Module,
+    model: Any,
     rows: TokenRows,
     law: Law,
     settings: Settings,
@@ -137,9 +137,8 @@ def build_engine(
         max_width=settings.max_width,
         shared_noise=settings.rule == "exact",
     )
-    return Engine(
-        target, drafter, build_rule(settings.rule, law, rows), _schedule(settings, drafter, rows)
-    )
+    rule: Any = build_rule(settings.rule, law, rows)
+    return Engine(target, drafter, rule, _schedule(settings, drafter, rows))
 
 
 def _schedule(settings: Settings, drafter: Any, rows: TokenRows) -> Any:
@@ -248,7 +247,7 @@ class Speculation:
         """
         dropped = _dropped_by_generate()
         streamer = streamer if streamer is not None else dropped.get("streamer")
-        _check_mode(model, generation_config, dropped | {"synced_gpus": synced_gpus}, model_kwargs)
+        _check_mode(model, generation_config, {"synced_gpus": synced_gpus, **dropped}, model_kwargs)
         is_token_BP = _token_mask(input_ids, model_kwargs)
         layout = Layout(
             prompt_ids_BP=input_ids,
@@ -272,7 +271,6 @@ class Speculation:
             stop_check=lockstep.stop_check,
             device=text_device(model),
         )
-        check_fits(model, rows)
         past = model_kwargs.get("past_key_values")
         cache, num_cached = _imported(past, is_token_BP, rows)
         engine = build_engine(model, rows, law, self.settings, cache=cache, num_cached=num_cached)
@@ -281,7 +279,8 @@ class Speculation:
         sequences = lockstep.finish()
         wants_dict = generation_config.return_dict_in_generate
         if past is not None and (wants_dict or getattr(past, "_is_user_defined", False)):
-            past = _exported(past, engine.target, lockstep.is_token_BC(is_token_BP)[:, :-1])
+            target: Any = engine.target
+            past = _exported(past, target, lockstep.is_token_BC(is_token_BP)[:, :-1])
         if wants_dict:
             return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past)
         return sequences
@@ -319,6 +318,10 @@ def _check_mode(
         )
     if dropped.get("synced_gpus"):
         raise ValueError("synced_gpus=True (ZeRO-3, FSDP) is not supported by speculate()")
+    if config.prefill_chunk_size is not None:
+        raise ValueError(
+            f"prefill_chunk_size={config.prefill_chunk_size} is not supported by speculate()"
+        )
     if config.return_dict_in_generate:
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(config, name):
@@ -387,7 +390,7 @@ def _imported(
     return cache, is_token_BP[:, :num_columns].sum(1).tolist()
 
 
-def _exported(past: Any, target: CausalTarget, is_token_BC: Tensor) -> DynamicCache:
+def _exported(past: Any, target: Any, is_token_BC: Tensor) -> DynamicCache:
     """Refills the cache that `generate` was given, as its own loop would leave it."""
     if not isinstance(past, DynamicCache):
         # A static cache that `generate` has just made; it is empty and too small for drafts.

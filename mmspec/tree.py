@@ -122,7 +122,9 @@ def pack_trees(
         ancestors_BNN=ancestors(parents_BN, max(max(row) for row in depth_rows)),
         is_chain=False,
         num_drafted=drafted,
-        num_levels=tuple(max(row[: count + 1]) for row, count in zip(depth_rows, drafted, strict=True)),
+        num_levels=tuple(
+            max(row[: count + 1]) for row, count in zip(depth_rows, drafted, strict=True)
+        ),
         branching=max(max(Counter(row).values(), default=1) for row in map(list, parents)),
         **_validated(tokens_BN, (node <= count_B[:, None]).view(num_rows, width), vocab_size),
     )
@@ -170,9 +172,7 @@ def nodes_on_path(
     num_nodes = depth_BN.shape[1]
     on_path = ancestors_BNN.gather(1, leaf_B[:, None, None].expand(-1, 1, num_nodes)).squeeze(1)
     slot = torch.where(on_path, depth_BN, length)
-    path = torch.zeros(
-        (leaf_B.shape[0], length + 1), dtype=torch.long, device=depth_BN.device
-    )
+    path = torch.zeros((leaf_B.shape[0], length + 1), dtype=torch.long, device=depth_BN.device)
     node = torch.arange(num_nodes, device=depth_BN.device).expand_as(slot)
     # Nodes off the path all land in the spare last column, which is dropped.
     return path.scatter(1, slot, node)[:, :length]

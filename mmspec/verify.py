@@ -1,8 +1,8 @@
 """Acceptance rules. Each names its guarantee; see docs/verify.md for the derivations.
 
-Every rule only *chooses a token after each node*; `mmspec.tree.walk` then accepts drafts for as long
-as they equal the choice. So chains, trees and Jacobi windows share one walk, and a Jacobi drafter
-finds its next guesses in the choices behind the accepted path.
+Every rule only *chooses a token after each node*; `mmspec.tree.walk` then accepts drafts for as
+long as they equal the choice. So chains, trees and Jacobi windows share one walk, and a Jacobi
+drafter finds its next guesses in the choices behind the accepted path.
 
 Names follow the field: ``draft_probs`` is the law a draft was sampled from, ``target_probs`` the
 law it should have. Shape suffixes as in `mmspec.records`.

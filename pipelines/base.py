@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from mmspec.forward import text_device
@@ -21,9 +20,9 @@ class SpeculativePipeline:
         model: The target.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Keeps the model; in evaluation mode from here on."""
-        self.model = model.eval()
+        self.model: Any = model.eval()
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
 

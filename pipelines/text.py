@@ -367,7 +367,8 @@ class SpeculativeTextPipeline(SpeculativePipeline):
         """The cache of this call, claiming only what stays valid if the call is broken off."""
         if cache is None or num_cached is None:
             empty: list[list[int]] = [[] for _ in prompts]
-            return TextCache(self.model, engine.target.forward.cache, empty)
+            target: Any = engine.target
+            return TextCache(self.model, target.forward.cache, empty)
         cache.tokens = [p[:count] for p, count in zip(prompts, num_cached, strict=True)]
         return cache
 

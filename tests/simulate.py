@@ -37,7 +37,9 @@ class World:
     def step(self, width: int, rng: random.Random, index: int = 0) -> StepRecord:
         drafted = 0 if width > 1 and rng.random() < self.silent else width - 1
         accepted = 0
-        while accepted < drafted and rng.random() < self.accept[min(accepted, len(self.accept) - 1)]:
+        while (
+            accepted < drafted and rng.random() < self.accept[min(accepted, len(self.accept) - 1)]
+        ):
             accepted += 1
         width = drafted + 1
         spread = 1 + self.noise * rng.random() + (rng.random() < 0.01) * 2

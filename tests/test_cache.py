@@ -57,9 +57,7 @@ def fresh_cache(model, tokens: list[int]) -> DynamicCache:
 def run_with_drafts(model, drafter: str, tolerance: float) -> None:
     config = LawConfig(temperature=0.0)
     keys = make_rows(PROMPTS, BUDGETS).keys_B
-    expected = [
-        reference(model, *row, config) for row in zip(PROMPTS, BUDGETS, keys, strict=True)
-    ]
+    expected = [reference(model, *row, config) for row in zip(PROMPTS, BUDGETS, keys, strict=True)]
     rows = make_rows(PROMPTS, BUDGETS)
     if drafter == "tree":
         liar = Liar(rows, hints(expected, "late"))
@@ -200,7 +198,7 @@ def test_a_cache_kept_over_turns_equals_a_new_one():
     first = make_rows(PROMPTS, BUDGETS)
     engine = make_engine(first, model, "jacobi")
     engine.run()
-    turns = [tokens + [50 + row, 3] for row, tokens in enumerate(first.host_tokens)]
+    turns = [[*tokens, 50 + row, 3] for row, tokens in enumerate(first.host_tokens)]
     num_cached = [len(tokens) - 1 for tokens in first.host_tokens]
     again = make_rows(turns, [150, 6, 6])
     kept = make_engine(
@@ -234,7 +232,9 @@ def refused_model(kind: str):
     if kind == "mamba":
         return t.MambaForCausalLM(t.MambaConfig(**TINY, state_size=4, pad_token_id=None))
     if kind == "bloom":
-        return t.BloomForCausalLM(t.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
+        return t.BloomForCausalLM(
+            t.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2)
+        )
     if kind == "falcon alibi":
         config = t.FalconConfig(**TINY, num_attention_heads=2, alibi=True)
         return t.FalconForCausalLM(config)

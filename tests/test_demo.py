@@ -51,7 +51,7 @@ def test_both_parts_give_the_tokens_of_plain_decoding(demo):
     assert [sample.seed for sample in images.samples] == [3, 4]
     assert images.fast.num_target_forwards < images.plain.num_target_forwards == 2 * 16
     assert images.fast.num_units == images.plain.num_units == 2 * 16
-    assert [sample.kind for sample in text.samples] == ["edit", "structured"]
+    assert [sample.kind for sample in text.samples] == ["edit", "chat"]
     for section in report.sections:
         assert section.plain.tau == 1
         assert section.fast.tau > 1
@@ -124,6 +124,8 @@ def test_a_slow_machine_gets_fewer_samples(models, tmp_path, monkeypatch):
     monkeypatch.setattr(mmspec.demo, "TEXT_DEADLINE_S", 0.0)
     report = run_demo(tmp_path, quick=False, seed=0, note=lambda line: None, **models)
     assert [len(section.samples) for section in report.sections] == [1, 1]
+    assert "Images: 7 more left out" in report.table()
+    assert "3 more left out" in (tmp_path / "index.html").read_text()
 
 
 class Bytes:

@@ -154,7 +154,7 @@ def test_width_is_clamped_at_the_end_of_the_rows(make):
     left = [100]
     schedule = make(32, lambda: left[0])
     generate(schedule, USEFUL["great"], 500)
-    for remaining, most in [(20, 32), (5, 8), (3, 4), (1, 1)]:
+    for remaining, most in [(20, 32), (5, 8), (3, 4), (1, 2), (0, 1)]:
         left[0] = remaining
         assert max(schedule.plan().width for _ in range(3)) <= most
     if make is FixedSchedule:

@@ -8,12 +8,9 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_model
 from transformers import (
-    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
-    QuantizedCache,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -23,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import mmspec
 from mmspec.adapters.lockstep import sort_criteria
+from mmspec.sampling import gumbel, row_keys
 
 PAD = VOCAB - 1
 NUM_NEW = 24
@@ -209,6 +207,41 @@ def test_sampling_depends_on_the_seed_alone(model, options, copies):
     assert torch.equal(sampled("ngram", 16, "adaptive"), expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2},
+        {"typical_p": 0.9, "no_repeat_ngram_size": 3, "min_new_tokens": 9, "eos_token_id": 59},
+        {"min_p": 0.02, "epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "bad_words_ids": [[1, 2]]},
+    ],
+)
+def test_each_token_is_drawn_from_the_law_of_generate(model, options):
+    """Redo every choice: `generate`'s own processors on whole forwards, then our noise."""
+    prepared = {}
+
+    def capture(model, input_ids, logits_processor, **kwargs):
+        prepared["processors"] = logits_processor
+        return input_ids
+
+    options = {"do_sample": True} | options
+    greedy(model, BATCH, capture, **options)
+    fast = fixed("early_exit", generator=torch.Generator().manual_seed(3))
+    out = greedy(model, BATCH, fast, **options)
+    keys = row_keys(torch.Generator().manual_seed(3), 3)
+    is_over = torch.zeros(3, dtype=torch.bool)
+    for width in range(8, out.shape[1]):
+        ids = out[:, :width]
+        mask = torch.nn.functional.pad(BATCH["attention_mask"], (0, width - 8), value=1)
+        positions = mask.cumsum(1)
+        with torch.no_grad():
+            logits = model(ids, attention_mask=mask, position_ids=(positions - 1).clamp(min=0))
+        scores = prepared["processors"](ids, logits.logits[:, -1])
+        noise = gumbel(keys, positions[:, -1:], VOCAB)[:, 0]
+        choice = (scores + noise).argmax(-1)
+        assert torch.equal(out[~is_over, width], choice[~is_over]), width
+        is_over |= out[:, width] == options.get("eos_token_id")
+
+
 def test_a_row_of_a_batch_equals_its_own_run(model):
     def sampled(inputs, seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -287,94 +320,6 @@ def test_an_iterator_streamer_ends(model):
     assert text == Letters().decode(greedy(model, SINGLE)[0, 8:].tolist())
 
 
-# --------------------------------------------------------------------------- caches
-
-
-def turn(model, ids, mask, past, custom_generate=None, **options):
-    inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
-    return greedy(model, inputs, custom_generate, return_dict_in_generate=True, **options)
-
-
-@pytest.mark.parametrize("kind", ["model", "sliding"])
-@pytest.mark.parametrize("inputs", [BATCH, SINGLE], ids=["batch", "single"])
-def test_a_reused_cache_gives_the_next_turn(request, kind, inputs):
-    """Three turns; each cache comes from us and serves `generate` and us alike."""
-    model = request.getfixturevalue(kind)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    for spec in ("ngram", {"name": "ngram", "branching": 3}, "early_exit"):
-        past, history = DynamicCache(config=model.config), (ids, mask)
-        for question in ([5, 6], [7], [8, 9, 10]):
-            expected = greedy(model, {"input_ids": history[0], "attention_mask": history[1]})
-            out = turn(model, *history, past, fixed(spec))
-            assert torch.equal(out.sequences, expected)
-            assert out.past_key_values is past
-            assert past.get_seq_length() == expected.shape[1] - 1
-            more = torch.tensor(question).expand(len(ids), -1)
-            sequences = torch.cat([expected, more], dim=1)
-            added = sequences.shape[1] - history[1].shape[1]
-            history = (sequences, torch.nn.functional.pad(history[1], (0, added), value=1))
-        # transformers' own loop continues from our cache.
-        expected = greedy(model, {"input_ids": history[0], "attention_mask": history[1]})
-        assert torch.equal(turn(model, *history, past).sequences, expected)
-
-
-@pytest.mark.parametrize("kind", ["model", "sliding"])
-def test_a_cache_made_by_generate_is_taken_over(request, kind):
-    model = request.getfixturevalue(kind)
-    first = turn(model, **{"ids": IDS, "mask": BATCH["attention_mask"], "past": None})
-    ids = torch.nn.functional.pad(first.sequences, (0, 2), value=5)
-    mask = torch.nn.functional.pad(BATCH["attention_mask"], (0, NUM_NEW + 2), value=1)
-    expected = greedy(model, {"input_ids": ids, "attention_mask": mask})
-    for spec in ("jacobi", {"name": "ngram", "branching": 3}, "early_exit"):
-        past = turn(model, IDS, BATCH["attention_mask"], None).past_key_values
-        assert torch.equal(turn(model, ids, mask, past, fixed(spec)).sequences, expected)
-
-
-def test_the_exported_keys_are_those_of_generate(model):
-    mask = BATCH["attention_mask"]
-    expected = turn(model, IDS, mask, None).past_key_values
-    ours = turn(model, IDS, mask, None, fixed({"name": "ngram", "branching": 3})).past_key_values
-    is_token = torch.nn.functional.pad(mask, (0, NUM_NEW - 1), value=1).bool()
-    for layer, reference in zip(ours.layers, expected.layers, strict=True):
-        for name in ("keys", "values"):
-            states, wanted = getattr(layer, name), getattr(reference, name)
-            assert states.shape == wanted.shape
-            kept = is_token[:, None, :, None].expand_as(states)
-            torch.testing.assert_close(states[kept], wanted[kept])
-
-
-def test_the_end_of_a_row_is_cached(model):
-    """A row that ends early hands back the key of its last token too, whenever it ended."""
-    for step in range(2, 12):
-        end = common_token(model, step)
-        out = turn(model, **{"ids": IDS, "mask": BATCH["attention_mask"], "past": None},
-                   custom_generate=fixed(model), eos_token_id=end)  # fmt: skip
-        sequences = torch.nn.functional.pad(out.sequences, (0, 2), value=5)
-        # Padding behind a row's end is left out, as the next turn of a batch has to.
-        is_end = (sequences == end).long()
-        is_end[:, :8] = 0
-        behind = is_end.cumsum(1) - is_end > 0
-        mask = (~behind).long() * torch.nn.functional.pad(
-            BATCH["attention_mask"], (0, sequences.shape[1] - 8), value=1
-        )
-        mask[:, -2:] = 1
-        inputs = {"input_ids": sequences, "attention_mask": mask}
-        again = turn(model, sequences, mask, out.past_key_values, fixed("ngram"))
-        assert torch.equal(again.sequences, greedy(model, inputs)), step
-
-
-def test_a_static_cache_of_generate_is_not_handed_back(model):
-    out = greedy(
-        model,
-        SINGLE,
-        fixed("ngram"),
-        return_dict_in_generate=True,
-        cache_implementation="static",
-    )
-    assert type(out.past_key_values) is DynamicCache
-    assert out.past_key_values.get_seq_length() == 8 + NUM_NEW - 1
-
-
 # --------------------------------------------------------------------------- refusals
 
 
@@ -395,6 +340,8 @@ REFUSED = {
         "output_hidden_states",
     ),
     "context": ({"max_new_tokens": 500}, "has a context of 256"),
+    "chunks": ({"prefill_chunk_size": 4}, "prefill_chunk_size=4"),
+    "embeds": ({"token_type_ids": torch.zeros(1, 8)}, "token_type_ids"),
     "positions": ({"position_ids": torch.arange(8)[None] + 1}, "position_ids must count"),
 }
 
@@ -441,26 +388,6 @@ def test_right_padding_is_refused(model):
     inputs = {"input_ids": SINGLE["input_ids"], "attention_mask": torch.tensor([[1] * 7 + [0]])}
     with pytest.raises(ValueError, match="padded on the left"):
         greedy(model, inputs, fixed("ngram"))
-
-
-def test_caches_that_cannot_be_taken_over_are_refused(model):
-    static = StaticCache(config=model.config, max_cache_len=64)
-    with pytest.raises(ValueError, match="got StaticCache"):
-        turn(model, *SINGLE.values(), static, fixed("ngram"))
-    offloaded = DynamicCache(config=model.config)
-    offloaded.offloading = True
-    with pytest.raises(ValueError, match="got an offloaded cache"):
-        turn(model, *SINGLE.values(), offloaded, fixed("ngram"))
-    quantized = object.__new__(QuantizedCache)
-    quantized.layers, quantized.offloading = [], False
-    with pytest.raises(ValueError, match="got QuantizedCache"):
-        turn(model, *SINGLE.values(), quantized, fixed("ngram"))
-    full = turn(model, *SINGLE.values(), None).past_key_values
-    with pytest.raises(ValueError, match="holds 31 columns and input_ids only 8"):
-        turn(model, *SINGLE.values(), full, fixed("ngram"))
-    mask = torch.ones(1, 33, dtype=torch.long)
-    with pytest.raises(ValueError, match="pass the whole input_ids"):
-        turn(model, IDS[1:2, :2], mask, full, fixed("ngram"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tiny random transformers, and what the slow reference says of them: no cache, one row, one pass."""
+"""Tiny random transformers, and engines wired around them."""
 
 import torch
 import transformers
@@ -76,9 +76,6 @@ def make_engine(
             target.forward, rows, vocab, law, num_layers=1, shared_noise=shared
         ),
     }
-    if callable(make_drafter):
-        drafter = make_drafter(target, rows, law)
-    else:
-        drafter = table[make_drafter]()
+    drafter = make_drafter(target, rows, law) if callable(make_drafter) else table[make_drafter]()
     schedule = FixedSchedule(width, lambda: rows.max_remaining)
     return Engine(target, drafter, build_rule(rule, law, rows), schedule)

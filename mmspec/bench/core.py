@@ -22,10 +22,10 @@ from mmspec.bench.measure import (
     ForwardMeter,
     PhaseClock,
     Sample,
-    Store,
     csv,
     final_line,
     median,
+    open_store,
     provenance,
     ratio,
     timed,
@@ -143,7 +143,7 @@ def run(
     ]
     output.show("Ceiling: what a forward costs", card_table(card))
     tasks = interleaved([_tasks(config, loaded[config.model, config.dtype]) for config in configs])
-    store = Store(out / "core.jsonl", facts["fingerprint"])
+    store = open_store(out / "core.jsonl", facts)
     missing = run_tasks(tasks, repeats, store, budget, output.say)
     rows = summarise(samples_of(tasks, repeats, store))
     sections = [("Ceiling: what a forward costs", card_table(card)), *_sections(rows)]

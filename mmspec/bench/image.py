@@ -24,10 +24,10 @@ from mmspec.bench.measure import (
     Budget,
     ForwardMeter,
     Sample,
-    Store,
     csv,
     final_line,
     median,
+    open_store,
     provenance,
     ratio,
     timed,
@@ -122,7 +122,7 @@ def run(
     defaults = _systems(ours, [_default_window(next(iter(pipes.values())))])
     tasks = interleaved([_tasks(config, prompts, systems) for config in speed])
     judging = interleaved([_tasks(config, quality, defaults) for config in scored])
-    store = Store(out / "image.jsonl", facts["fingerprint"])
+    store = open_store(out / "image.jsonl", facts)
     missing = run_tasks([*tasks, *judging], repeats, store, budget, output.say)
     missing += _unfilled(speed, prompts) + _unfilled(scored, quality)
     rows = summarise(samples_of(tasks, repeats, store))

@@ -33,6 +33,7 @@ T = TypeVar("T")
 FINAL_LINE = {
     "benchmark": str,
     "command": str,
+    "commands": list,
     "git_sha": str,
     "versions": dict,
     "device": str,
@@ -324,14 +325,16 @@ class Store:
     Attributes:
         samples: Key -> sample.
         num_foreign: Samples in the file that were taken under other conditions.
+        commands: The commands that took the samples.
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
+    def __init__(self, path: Path, fingerprint: str, command: str = "") -> None:
         """Reads the file if there is one; a line that a killed run left half is skipped."""
         self.path = path
         self.samples: dict[str, Sample] = {}
         self.num_foreign = 0
-        self._fingerprint = fingerprint
+        self.commands: list[str] = []
+        self._stamp = {"fingerprint": fingerprint, "command": command}
         self._needs_newline = False
         if path.exists():
             text = path.read_text(encoding="utf-8")
@@ -348,15 +351,14 @@ class Store:
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Appends the samples of one task, in one write."""
-        lines = "".join(
-            json.dumps(sample | {"fingerprint": self._fingerprint}) + "\n" for sample in samples
-        )
+        stamped = [sample | self._stamp for sample in samples]
+        lines = "".join(json.dumps(sample) + "\n" for sample in stamped)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" * self._needs_newline + lines)
         self._needs_newline = False
-        for sample in samples:
-            self.samples[sample["key"]] = sample
+        for sample in stamped:
+            self._keep(sample)
 
     def _read(self, line: str) -> None:
         try:
@@ -365,10 +367,23 @@ class Store:
             return
         if not isinstance(sample, dict) or "key" not in sample:
             return
-        if sample.get("fingerprint") == self._fingerprint:
-            self.samples[sample["key"]] = sample
+        if sample.get("fingerprint") == self._stamp["fingerprint"]:
+            self._keep(sample)
         else:
             self.num_foreign += 1
+
+    def _keep(self, sample: Sample) -> None:
+        self.samples[sample["key"]] = sample
+        command = sample.get("command")
+        if command and command not in self.commands:
+            self.commands.append(command)
+
+
+def open_store(path: Path, facts: dict[str, Any]) -> Store:
+    """The store of a run; from now on ``facts["commands"]`` are the commands of its samples."""
+    store = Store(path, facts["fingerprint"], facts["command"])
+    facts["commands"] = store.commands
+    return store
 
 
 def final_line(
@@ -383,6 +398,7 @@ def final_line(
     """The object of a benchmark's last line; see `FINAL_LINE`."""
     return {
         "benchmark": benchmark,
+        "commands": [],
         **{name: value for name, value in facts.items() if name != "code"},
         "rows": [rounded(row) for row in rows],
         "left_out": list(left_out),

@@ -103,6 +103,8 @@ def markdown(line: Mapping[str, Any], sections: Sequence[Section]) -> str:
         "- versions: " + ", ".join(f"{k} {v}" for k, v in line["versions"].items()),
         f"- fingerprint of source, versions, hardware and threads: `{line['fingerprint']}`",
     ]
+    if others := [command for command in line["commands"] if command != line["command"]]:
+        head += ["- samples in the same file come from:", *(f"  - `{other}`" for other in others)]
     for title, entries in (("Left out", line["left_out"]), ("Failures", line["failures"])):
         head += ["", f"## {title}", ""]
         head += [f"- {entry}" for entry in entries] or ["- nothing"]

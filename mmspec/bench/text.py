@@ -23,10 +23,10 @@ from mmspec.bench.measure import (
     Budget,
     ForwardMeter,
     Sample,
-    Store,
     csv,
     final_line,
     median,
+    open_store,
     provenance,
     ratio,
     timed,
@@ -127,7 +127,7 @@ def run(
     entries = load_prompts(csv(kinds, KINDS), prompts)
     built = [_tasks(config, entries, chosen, model) for config in configs]
     tasks = interleaved([group for group, _ in built])
-    store = Store(out / "text.jsonl", facts["fingerprint"])
+    store = open_store(out / "text.jsonl", facts)
     missing = run_tasks(tasks, repeats, store, budget, output.say)
     missing += [note for _, notes in built for note in notes]
     rows = summarise(samples_of(tasks, repeats, store))

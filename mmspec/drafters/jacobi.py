@@ -57,6 +57,7 @@ class JacobiDrafter:
         self._rows = rows
         self._vocab_size = vocab_size
         self._stride = stride
+        self._max_width = max_width
         self._is_greedy = is_greedy
         self._shared_noise = shared_noise
         self._keep_laws = keep_laws and not is_greedy
@@ -72,17 +73,18 @@ class JacobiDrafter:
     def propose(self, plan: Plan) -> Proposal:
         """A chain of guesses behind each root."""
         rows = self._rows
-        if self._laws_BRV is None or plan.width == 1:
+        width = min(plan.width, self._max_width)
+        if self._laws_BRV is None or width == 1:
             # Before the first forward nothing is known that could be accepted.
             return pack_chain(rows.roots_B()[:, None], [0] * rows.num_rows, self._vocab_size)
-        ahead = torch.arange(1, plan.width, device=rows.lengths_B.device)
+        ahead = torch.arange(1, width, device=rows.lengths_B.device)
         position = rows.lengths_B[:, None] - 1 + ahead
         guesses, laws = self._guesses_at(position)
         drafts = None
         if self._keep_laws:
             # The law of a child is stored at its parent; the last node has no child.
             drafts = torch.nn.functional.pad(laws.softmax(-1), (0, 0, 0, 1))
-        num_drafts = [0 if done else plan.width - 1 for done in rows.host_done]
+        num_drafts = [0 if done else width - 1 for done in rows.host_done]
         tokens = torch.cat([rows.roots_B()[:, None], guesses], dim=1)
         return pack_chain(tokens, num_drafts, self._vocab_size, drafts)
 

@@ -55,6 +55,7 @@ def test_text(tmp_path, capsys):
     again = text.run(**TEXT | {"batch": "1", "temperature": "0"}, out=tmp_path, minutes=0)
     assert (tmp_path / "text.jsonl").read_text() == samples
     assert {r["batch"] for r in again["rows"]} == {1}
+    assert again["commands"] == [line["command"]]
     assert again["left_out"] == []
     [report] = tmp_path.glob("text_*.md")
     assert f"- commit: {again['git_sha']}" in report.read_text()

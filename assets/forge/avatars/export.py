@@ -50,6 +50,8 @@ def main() -> None:
     codec = model.model.vqmodel
     for part in (codec.quantize, codec.post_quant_conv, codec.decoder.conv_out):
         part.float()
+    with np.load(args.work_dir / "data.npz") as file:
+        write_palette(codec, file["palette"])  # anew, since the values had been rounded
     model.save_pretrained(args.out)
     (args.out / "model.safetensors").chmod(0o644)
     make_processor(tokenizer).save_pretrained(args.out)

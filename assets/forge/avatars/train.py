@@ -139,7 +139,7 @@ class ThreadChooser:
     """Runs a step on all allowed threads while they are free, and else on one.
 
     Threads that wait for each other lose badly when another process holds one of the cores: a
-    step of two threads then takes ten times longer than a step of one.
+    step of two threads then took five times as long as a step of one.
     """
 
     def __init__(self, most: int) -> None:
