@@ -53,6 +53,7 @@ class SlotLayer(CacheLayerMixin):
         """Writes ``[B, H, N, D]`` at the cursor's slots and returns the first ``extent`` slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.cursor.slots_BN is not None, "aim() says where to write before each forward"
         slots = self.cursor.slots_BN.to(key_states.device)
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if slots.shape[0] == 1:

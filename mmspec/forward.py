@@ -6,9 +6,10 @@ what the tokens mean. Shape suffixes as in `mmspec.records`.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmspec.cache import SlotCache, slot_mask
 
@@ -18,7 +19,7 @@ WIDE = 32
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: Any) -> None:
     """Refuses models whose cache or positions cannot be rolled back row by row.
 
     Raises:
@@ -53,7 +54,7 @@ def check_supported(model: nn.Module) -> None:
         )
 
 
-def text_device(model: nn.Module) -> torch.device:
+def text_device(model: Any) -> torch.device:
     """The device on which a model wants its token ids."""
     embedding = model.get_input_embeddings()
     # accelerate keeps offloaded weights on "meta" and moves them, and the ids, when they run.
@@ -72,7 +73,7 @@ class SlotForward:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         num_rows: int,
         capacity: int,
@@ -253,7 +254,7 @@ class SlotForward:
         return {kind: build(windows[kind]) for kind in self._layer_types}
 
 
-def compiled_forward(model: nn.Module) -> Callable[..., object]:
+def compiled_forward(model: Any) -> Callable[..., object]:
     """The model's forward, compiled once per model and kept on it for later calls."""
     compiled = model.__dict__.get("_mmspec_compiled_forward")
     if compiled is None:

@@ -1,26 +1,7 @@
 """Per-step accounting, and the figures made from it."""
 
-from typing import Protocol
-
+from mmspec.protocols import Drafted, Timed
 from mmspec.records import Generation, Guarantee, Outcome, Stats, StepRecord
-
-
-class _Drafted(Protocol):
-    """What the ledger wants to know of a proposal of any modality."""
-
-    @property
-    def width(self) -> int: ...
-    @property
-    def num_drafted(self) -> tuple[int, ...]: ...
-    @property
-    def num_levels(self) -> tuple[int, ...]: ...
-
-
-class _Timed(Protocol):
-    """What the ledger wants to know of scores of any modality."""
-
-    @property
-    def forward_time_s(self) -> float: ...
 
 
 class Ledger:
@@ -42,8 +23,8 @@ class Ledger:
 
     def record(
         self,
-        proposal: _Drafted,
-        scores: _Timed,
+        proposal: Drafted,
+        scores: Timed,
         outcome: Outcome,
         draft_time_s: float,
         wall_time_s: float,

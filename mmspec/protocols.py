@@ -9,25 +9,56 @@ from typing import Protocol, TypeVar
 
 from mmspec.records import Guarantee, Outcome, Plan, StepRecord
 
-ProposalT = TypeVar("ProposalT")
-ScoresT = TypeVar("ScoresT")
+
+class Drafted(Protocol):
+    """What engine and ledger want to know of a proposal of any modality, all on the host."""
+
+    @property
+    def width(self) -> int:
+        """Units fed to the target per row, the root included."""
+
+    @property
+    def num_drafted(self) -> tuple[int, ...]:
+        """Drafted units per row."""
+
+    @property
+    def num_levels(self) -> tuple[int, ...]:
+        """Deepest draft per row."""
+
+
+class Timed(Protocol):
+    """What engine and ledger want to know of scores of any modality."""
+
+    @property
+    def forward_time_s(self) -> float:
+        """Seconds that the target's forward took."""
+
+
+ProposalT = TypeVar("ProposalT", bound=Drafted)
+ScoresT = TypeVar("ScoresT", bound=Timed)
 VerdictT = TypeVar("VerdictT")
+# Protocols want the direction in which each record travels in their type variables.
+ProposalIn = TypeVar("ProposalIn", contravariant=True)
+ScoresIn = TypeVar("ScoresIn", contravariant=True)
+ScoresOut = TypeVar("ScoresOut", covariant=True)
+VerdictIn = TypeVar("VerdictIn", contravariant=True)
+VerdictOut = TypeVar("VerdictOut", covariant=True)
 BlockT = TypeVar("BlockT", contravariant=True)
 
 
-class Target(Protocol[ProposalT, ScoresT, VerdictT]):
+class Target(Protocol[ProposalIn, ScoresOut, VerdictIn]):
     """The model whose output is wanted."""
 
     def prefill(self) -> None:
         """Reads the prompts. Mutates the target's caches; called once, before the first step."""
 
-    def score(self, proposal: ProposalT) -> ScoresT:
+    def score(self, proposal: ProposalIn) -> ScoresOut:
         """Runs one forward over every drafted unit.
 
         Writes caches past the committed part only, so that dropping the proposal is free.
         """
 
-    def commit(self, proposal: ProposalT, verdict: VerdictT) -> Outcome:
+    def commit(self, proposal: ProposalIn, verdict: VerdictIn) -> Outcome:
         """Keeps the accepted path, cuts at ends and limits, and reads the step to the host.
 
         This is the one place of a step that may wait for the device.
@@ -38,7 +69,7 @@ class Target(Protocol[ProposalT, ScoresT, VerdictT]):
         """True once every row has ended. Must not wait for the device."""
 
 
-class Drafter(Protocol[ProposalT, ScoresT, VerdictT]):
+class Drafter(Protocol[ProposalT, ScoresIn, VerdictIn]):
     """The cheap guesser. It may be wrong in any way: that costs speed, never output."""
 
     name: str
@@ -50,17 +81,19 @@ class Drafter(Protocol[ProposalT, ScoresT, VerdictT]):
         """Drafts at most ``plan.width - 1`` units per row; fewer, or none, is allowed."""
 
     def commit(
-        self, proposal: ProposalT, scores: ScoresT, verdict: VerdictT, outcome: Outcome
+        self, proposal: ProposalT, scores: ScoresIn, verdict: VerdictIn, outcome: Outcome
     ) -> None:
         """Learns what was committed. Mutates the drafter's own state only."""
 
 
-class Rule(Protocol[ProposalT, ScoresT, VerdictT]):
+class Rule(Protocol[ProposalIn, ScoresIn, VerdictOut]):
     """Decides which drafted units survive, and names what that promises."""
 
-    guarantee: Guarantee
+    @property
+    def guarantee(self) -> Guarantee:
+        """What it promises about the output."""
 
-    def verify(self, proposal: ProposalT, scores: ScoresT) -> VerdictT:
+    def verify(self, proposal: ProposalIn, scores: ScoresIn) -> VerdictOut:
         """Decides on the device, without a host read. Pure: the same input, the same verdict."""
 
 

@@ -16,6 +16,9 @@ from enum import StrEnum
 
 import torch
 
+#: Used until a schedule has measured what a node costs.
+DEFAULT_MIN_SURVIVAL = 0.05
+
 
 class Guarantee(StrEnum):
     """What a rule promises about the output, relative to plain decoding with the same seed."""
@@ -35,7 +38,7 @@ class Plan:
     """
 
     width: int
-    min_survival: float = 0.05
+    min_survival: float = DEFAULT_MIN_SURVIVAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

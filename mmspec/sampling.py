@@ -88,9 +88,9 @@ def _position_hash(
 ) -> Int[Tensor, "B N"]:
     """64 well-mixed bits for each (row key, position, salt, step)."""
     offset = _signed((salt + 1) * _GOLDEN_64 % (1 << 64), 64)
-    is_host = isinstance(step, int)
-    step = _signed(step * _MIX_B_64 % (1 << 64), 64) if is_host else step * _MIX_B_64
-    stream_B = _mix64(keys_B + offset) + step
+    # Host integers do not wrap by themselves.
+    mixed = _signed(step * _MIX_B_64 % (1 << 64), 64) if isinstance(step, int) else step * _MIX_B_64
+    stream_B = _mix64(keys_B + offset) + mixed
     return _mix64(_mix64(stream_B)[:, None] + positions_BN * _GOLDEN_64)
 
 

@@ -10,7 +10,7 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Callable
 
-from mmspec.records import Plan, StepRecord
+from mmspec.records import DEFAULT_MIN_SURVIVAL, Plan, StepRecord
 from mmspec.tree import BUCKETS, bucket
 
 logger = logging.getLogger("mmspec")
@@ -29,8 +29,8 @@ class FixedSchedule:
         Raises:
             ValueError: If ``width`` is below 1 or above the largest bucket.
         """
-        if not 1 <= width <= BUCKETS[-1]:
-            raise ValueError(f"window must be between 1 and {BUCKETS[-1]}, got {width}")
+        if not isinstance(width, int) or not 1 <= width <= BUCKETS[-1]:
+            raise ValueError(f"window must be between 1 and {BUCKETS[-1]}, got {width!r}")
         self._width = width
         self._remaining = remaining
 
@@ -98,7 +98,7 @@ class AdaptiveSchedule:
         """
         if not 1 <= max_width <= BUCKETS[-1]:
             raise ValueError(f"width must be between 1 and {BUCKETS[-1]}, got {max_width}")
-        self._widths = [b for b in BUCKETS if 1 < b <= bucket(max_width)]
+        self._widths = [b for b in BUCKETS if 1 < b < max_width] + [max_width] * (max_width > 1)
         self._remaining = remaining
         self._is_free = is_free
         self._costs: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=self.MEMORY))
@@ -120,7 +120,7 @@ class AdaptiveSchedule:
         self._asked = 1
         if self._widths and not self._is_plain_due():
             self._asked = _clamped(self._chosen_width(), self._remaining())
-        return Plan(width=self._asked)
+        return Plan(width=self._asked, min_survival=self._min_survival())
 
     def observe(self, record: StepRecord) -> None:
         """Learns the cost and the acceptance of a finished step."""
@@ -163,6 +163,20 @@ class AdaptiveSchedule:
         self._warn_once(best, plain)
         is_paid = self._lost_s <= self.GRACE * plain + self.PROBE_SHARE * self._elapsed_s
         return best if is_paid else 1
+
+    def _min_survival(self) -> float:
+        """How likely a draft must be to survive for its node to earn what it costs.
+
+        One more node costs the slope of the step's cost in its width; it must bring units at no
+        lower a rate than the step as a whole, so a node of survival ``a`` pays while
+        ``a / slope > units / cost``.
+        """
+        plain, widest = self._cost(1), max(self._costs, default=1)
+        cost = self._cost(widest)
+        if plain is None or cost is None or widest == 1:
+            return DEFAULT_MIN_SURVIVAL
+        slope = max(cost - plain, 0.0) / (widest - 1)
+        return min(max(slope * self._expected(widest) / cost, 0.01), 0.5)
 
     def _rate(self, width: int, plain: float) -> float:
         """Units per second and row of a width, silent steps included."""

@@ -39,7 +39,7 @@ DEFAULT_WIDTH = 16
 
 #: Rules that ask something of the drafts; rules not named here take any drafter.
 RULE_DRAFTERS = {
-    # Defined for chains whose law does not change between steps.
+    # Lawful in a Jacobi window too, but positions behind the block are redrawn uncoupled there.
     "block": tuple(sorted(set(TABLE) - {"jacobi"})),
     # Redraw the whole window in every step.
     "coupled": ("jacobi",),
@@ -67,14 +67,16 @@ class Settings:
         drafter: As in `mmspec.drafters.parse_spec`.
         rule: A name of `mmspec.verify.RULES`.
         width: Most nodes per row and forward, the root included; None is 16.
-        schedule: "adaptive" or "fixed".
+        schedule: "adaptive", "fixed", or None: adaptive under the exact rule, fixed under rules
+            that keep the law only. Adaptive widths follow the clock; under those rules a seed
+            would then not give the same tokens twice.
         compile: Compile the step's forward.
     """
 
     drafter: DrafterSpec = "ngram"
     rule: str = "exact"
     width: int | None = None
-    schedule: str = "adaptive"
+    schedule: str | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -89,7 +91,7 @@ class Settings:
             )
         if self.rule == "block" and options.get("branching", 1) != 1:
             raise ValueError(f"rule 'block' needs chains; got branching={options['branching']}")
-        if self.schedule not in SCHEDULES:
+        if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(
                 f"unknown schedule {self.schedule!r}; known: {', '.join(sorted(SCHEDULES))}"
             )
@@ -147,7 +149,10 @@ def _schedule(settings: Settings, drafter: Any, rows: TokenRows) -> Any:
     def remaining() -> int:
         return rows.max_remaining
 
-    if settings.schedule == "fixed" or width == 1:
+    is_fixed = settings.schedule == "fixed" or (
+        settings.schedule is None and settings.rule != "exact"
+    )
+    if is_fixed or width == 1:
         return FixedSchedule(width, remaining)
     return AdaptiveSchedule(width, remaining, is_free=getattr(drafter, "is_free", False))
 
@@ -157,7 +162,7 @@ def speculate(
     *,
     rule: str = "exact",
     width: int | None = None,
-    schedule: str = "adaptive",
+    schedule: str | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     compile: bool = False,
     stateless_processors: Sequence[Any] = (),
@@ -173,7 +178,8 @@ def speculate(
             options, or a loaded smaller model.
         rule: "exact", or a rule that keeps the law only: "speculative", "block", "coupled", "sjd".
         width: Most nodes per row and forward, the root included; None is 16.
-        schedule: "adaptive" drafts as much as pays, "fixed" always ``width``.
+        schedule: "adaptive" drafts as much as pays, "fixed" always ``width``; None is adaptive
+            under the exact rule and fixed under the others, where the width moves the tokens.
         generator: One for all rows, one per row (after ``num_return_sequences``), or None for
             torch's global generator.
         compile: Compile the step's forward.

@@ -62,7 +62,10 @@ def pack_chain(
     device = tokens_BN.device
     node = torch.arange(num_nodes, device=device)
     count_B = torch.tensor(list(num_drafted), device=device)
+    tokens_BN, valid_BN = _validated(tokens_BN, node <= count_B[:, None], vocab_size)
     return Proposal(
+        tokens_BN=tokens_BN,
+        valid_BN=valid_BN,
         parents_BN=(node - 1).clamp(min=0).expand(num_rows, -1),
         depth_BN=node.expand(num_rows, -1),
         ancestors_BNN=(node[:, None] >= node).expand(num_rows, -1, -1),
@@ -70,7 +73,6 @@ def pack_chain(
         num_drafted=tuple(num_drafted),
         num_levels=tuple(num_drafted),
         draft_probs_BNV=draft_probs_BNV,
-        **_validated(tokens_BN, node <= count_B[:, None], vocab_size),
     )
 
 
@@ -93,7 +95,6 @@ def pack_trees(
     Raises:
         ValueError: If a row has too many drafts or a parent that does not come before its child.
     """
-    num_rows = len(tokens)
     token_rows, parent_rows, depth_rows = [], [], []
     for row_tokens, row_parents in zip(tokens, parents, strict=True):
         _check_tree(row_tokens, row_parents, width)
@@ -116,7 +117,10 @@ def pack_trees(
     if is_chain:
         return pack_chain(tokens_BN, drafted, vocab_size)
     count_B = torch.tensor(drafted, device=device)
+    tokens_BN, valid_BN = _validated(tokens_BN, node <= count_B[:, None], vocab_size)
     return Proposal(
+        tokens_BN=tokens_BN,
+        valid_BN=valid_BN,
         parents_BN=parents_BN,
         depth_BN=depth_BN,
         ancestors_BNN=ancestors(parents_BN, max(max(row) for row in depth_rows)),
@@ -126,7 +130,6 @@ def pack_trees(
             max(row[: count + 1]) for row, count in zip(depth_rows, drafted, strict=True)
         ),
         branching=max(max(Counter(row).values(), default=1) for row in map(list, parents)),
-        **_validated(tokens_BN, (node <= count_B[:, None]).view(num_rows, width), vocab_size),
     )
 
 
@@ -140,13 +143,13 @@ def _check_tree(tokens: Sequence[int], parents: Sequence[int], width: int) -> No
             raise ValueError(f"parent of node {index} must come before it, got {parent}")
 
 
-def _validated(tokens_BN: Tensor, valid_BN: Tensor, vocab_size: int) -> dict[str, Tensor]:
+def _validated(tokens_BN: Tensor, valid_BN: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Ids outside the vocabulary become invalid before anything can embed them."""
     inside = (tokens_BN >= 0) & (tokens_BN < vocab_size)
     # The root is committed; in image generation it may be a text token of another vocabulary.
     inside[:, 0] = True
     valid_BN = valid_BN & inside
-    return {"tokens_BN": torch.where(valid_BN, tokens_BN, 0), "valid_BN": valid_BN}
+    return torch.where(valid_BN, tokens_BN, 0), valid_BN
 
 
 def ancestors(parents_BN: Int[Tensor, "B N"], max_depth: int) -> Bool[Tensor, "B N N"]:

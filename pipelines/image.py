@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mmspec.adapters.token_image import TokenImageTarget, image_family
@@ -66,7 +66,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         >>> out.images[0].save("avatar.png")  # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         """Wraps loaded objects; see `from_pretrained` and `from_model`."""
         super().__init__(model)
         self.processor = processor
@@ -100,7 +100,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         return cls(model, _load_processor(path))
 
     @classmethod
-    def from_model(cls, model: nn.Module, processor: Any) -> "SpeculativeImagePipeline":
+    def from_model(cls, model: Any, processor: Any) -> "SpeculativeImagePipeline":
         """Uses objects that are loaded already: a model and its processor or tokenizer."""
         return cls(model, processor)
 
@@ -136,7 +136,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
                 single call with that generator gives.
             decoder: "exact" (same tokens as "sequential" with the same seed), "coupled" or "sjd"
                 (same law, other tokens), "sequential" (plain decoding).
-            window: Tokens per forward; None chooses by the size of the grid.
+            window: Tokens per image and forward; None chooses by the grid and the batch.
             temperature: 0 is greedy.
             top_k: Keep the k most likely codes. transformers' own Janus keeps 50 unless told
                 otherwise; here nothing is cut unless asked.
@@ -155,7 +155,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         check_callback(callback_on_step_end)
         law = build_law(LawConfig(temperature=temperature, top_k=top_k, top_p=top_p))
-        width = default_window(self._family.num_image_tokens) if window is None else window
+        width = window
+        if width is None:
+            width = default_window(self._family.num_image_tokens, len(prompts))
         if decoder == "sequential":
             width = 1
         engine, rows = self._engine(

@@ -84,7 +84,7 @@ class SpeculativeTextPipeline(SpeculativePipeline):
     Attributes:
         tokenizer: The model's tokenizer.
         drafter: Used where a call names none.
-        schedule: "adaptive" or "fixed".
+        schedule: As in `mmspec.speculation.Settings`.
 
     Example:
         >>> pipe = SpeculativeTextPipeline.from_pretrained("smollm2")  # doctest: +SKIP
@@ -108,7 +108,7 @@ class SpeculativeTextPipeline(SpeculativePipeline):
         super().__init__(model)
         self.tokenizer = tokenizer
         self.drafter: DrafterSpec = "ngram" if drafter is None else drafter
-        self.schedule = "adaptive" if schedule is None else schedule
+        self.schedule = schedule
         Settings(drafter=self.drafter, schedule=self.schedule)
 
     @classmethod

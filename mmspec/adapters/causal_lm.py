@@ -5,9 +5,10 @@ Every family that transformers loads with a plain or sliding key/value cache.
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmspec.cache import SlotCache
 from mmspec.forward import SlotForward, text_device
@@ -26,7 +27,7 @@ class CausalTarget:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         rows: TokenRows,
         *,
         compile: bool = False,
@@ -119,7 +120,7 @@ def commit_rows(cache: SlotCache, rows: TokenRows, proposal: Proposal, verdict: 
     return outcome
 
 
-def check_fits(model: nn.Module, rows: TokenRows) -> None:
+def check_fits(model: Any, rows: TokenRows) -> None:
     """Refuses rows that are longer than the model's context, before anything runs.
 
     Raises:

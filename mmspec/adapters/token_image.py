@@ -6,10 +6,10 @@ share every draft. What differs between model families is in `FAMILIES`.
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmspec.adapters.causal_lm import as_law_dtype, check_fits
 from mmspec.forward import SlotForward
@@ -20,7 +20,7 @@ from mmspec.rows import TokenRows
 class ImageFamily(Protocol):
     """What a family of image models has to say; all tensors are batch first."""
 
-    backbone: nn.Module
+    backbone: Any
     num_image_tokens: int
     grid_width: int
     codebook_size: int
@@ -44,7 +44,7 @@ class ImageFamily(Protocol):
 class JanusFamily:
     """`transformers.JanusForConditionalGeneration`: a fixed square grid and no end token."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Takes the model apart.
 
         Raises:
@@ -94,7 +94,7 @@ class JanusFamily:
 FAMILIES = {"janus": JanusFamily}
 
 
-def image_family(model: nn.Module) -> ImageFamily:
+def image_family(model: Any) -> ImageFamily:
     """The family of a model.
 
     Raises:

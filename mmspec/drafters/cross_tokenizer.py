@@ -41,7 +41,7 @@ class CrossTokenizerDrafter:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         rows: TokenRows,
         vocab_size: int,
         law: Law,

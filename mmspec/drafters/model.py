@@ -1,6 +1,9 @@
 """A smaller causal language model as drafter: batched, ragged, with its own slot cache."""
 
 import copy
+import functools
+import types
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ class ModelDrafter:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         rows: TokenRows,
         vocab_size: int,
         law: Law,
@@ -182,7 +185,7 @@ class EarlyExitDrafter(ModelDrafter):
         self._num_cached = [len(tokens) - 1 for tokens in self._rows.host_tokens]
 
 
-def first_layers(model: nn.Module, num_layers: int) -> nn.Module:
+def first_layers(model: Any, num_layers: int) -> Any:
     """A model that shares all weights of another and stops after its first layers.
 
     Raises:
@@ -208,7 +211,7 @@ def first_layers(model: nn.Module, num_layers: int) -> nn.Module:
     return shallow
 
 
-def _shell(module: nn.Module, num_layers: int) -> nn.Module:
+def _shell(module: Any, num_layers: int) -> Any:
     """A copy of one module object that shares its parameters and children."""
     shell = copy.copy(module)
     shell.__dict__ = dict(module.__dict__)
@@ -220,4 +223,9 @@ def _shell(module: nn.Module, num_layers: int) -> nn.Module:
         if text is not shell.config:
             raise ValueError("early exit needs a plain text model, got a composite one")
         shell.config.num_hidden_layers = num_layers
+    hooked = shell.__dict__.get("forward")
+    if isinstance(hooked, functools.partial) and "_old_forward" in shell.__dict__:
+        # accelerate's hooks are bound to the module they were put on; bind them to the copy.
+        shell.forward = functools.update_wrapper(functools.partial(hooked.func, shell), hooked)
+        shell._old_forward = types.MethodType(module._old_forward.__func__, shell)
     return shell

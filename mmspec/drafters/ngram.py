@@ -5,6 +5,7 @@ structures are in `mmspec.drafters.trie` (the rows themselves and earlier output
 `mmspec.drafters.suffix` (external corpora).
 """
 
+import weakref
 from collections.abc import Sequence
 
 from mmspec.drafters.plain import root_only
@@ -72,6 +73,8 @@ class NgramDrafter:
             stream = self.memory.open_stream()
             self.memory.extend(stream, tokens)
             self._streams.append(stream)
+            # A run may be abandoned between steps; open streams would never be evicted.
+            weakref.finalize(self, _close, self.memory, stream)
             if self._corpus is not None:
                 state = MatchState(self._corpus)
                 state.extend(tokens)
@@ -97,7 +100,7 @@ class NgramDrafter:
             [draft.parents for draft in self._drafts],
             rows.roots_B(),
             self._vocab_size,
-            bucket(longest + 1),
+            min(bucket(longest + 1), plan.width),
         )
 
     def commit(
@@ -107,22 +110,27 @@ class NgramDrafter:
         for row, new in enumerate(outcome.new_units):
             if not outcome.was_active[row]:
                 continue
-            self._trust.learn(self._drafts[row], outcome.num_accepted[row])
+            levels = proposal.num_levels[row]
+            self._trust.learn(self._drafts[row].match_length, levels, outcome.num_accepted[row])
             self.memory.extend(self._streams[row], new)
             if self._states:
                 self._states[row].extend(new)
-            if outcome.done[row]:
-                self.memory.close_stream(self._streams[row])
 
     def _draft(self, row: int, budget: int, min_survival: float) -> Draft:
         draft = self.memory.draft(self._streams[row], budget, branching=self._branching)
         if self._corpus is not None:
-            found = self._corpus.draft(self._states[row], budget, branching=self._branching)
+            found = self._corpus.draft(
+                self._states[row], budget, max_depth=budget, branching=self._branching
+            )
             if self._branching > 1:
                 draft = merge([draft, found], budget)
             elif found.match_length > draft.match_length:
                 draft = found
         return self._trust.cut(draft, min_survival)
+
+
+def _close(memory: NgramTrie, stream: int) -> None:
+    memory.close_stream(stream)
 
 
 class _Trust:
@@ -149,9 +157,9 @@ class _Trust:
                 return Draft(draft.tokens[:depth], draft.parents[:depth], draft.match_length)
         return draft
 
-    def learn(self, draft: Draft, num_accepted: int) -> None:
-        """Counts how many tokens of a draft held; the first that did not is a failure."""
-        for depth in range(min(num_accepted + 1, len(draft))):
-            context = min(draft.match_length + depth, _LONGEST_CLASS)
+    def learn(self, match_length: int, num_levels: int, num_accepted: int) -> None:
+        """Counts how many levels of a draft held; the first that did not is a failure."""
+        for depth in range(min(num_accepted + 1, num_levels)):
+            context = min(match_length + depth, _LONGEST_CLASS)
             self._tried[context] += 1
             self._held[context] += depth < num_accepted

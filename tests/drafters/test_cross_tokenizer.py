@@ -80,9 +80,7 @@ def spec_of(target_tokenizer, method, *, same_model=False):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_output_is_that_of_plain_decoding(target_tokenizer, method, temperature):
     plain = generate(target_tokenizer, "none", temperature=temperature, width=1)
-    drafted = generate(
-        target_tokenizer, spec_of(target_tokenizer, method), temperature=temperature
-    )
+    drafted = generate(target_tokenizer, spec_of(target_tokenizer, method), temperature=temperature)
     assert drafted.units == plain.units
     assert drafted.stats.num_drafted > 0
 
@@ -131,7 +129,9 @@ def test_shared_vocabulary_reports_its_law(target_tokenizer, rule):
 def test_vocabularies_are_matched_by_spelling(target_tokenizer):
     own = byte_bpe(280)
     for target_id, own_id in shared_vocabulary(target_tokenizer, own):
-        assert target_tokenizer.convert_ids_to_tokens(target_id) == own.convert_ids_to_tokens(own_id)
+        assert target_tokenizer.convert_ids_to_tokens(target_id) == own.convert_ids_to_tokens(
+            own_id
+        )
 
 
 def test_unknown_method_is_refused(target_tokenizer):
