@@ -16,7 +16,7 @@ from mmspec import verify
 from mmspec.drafters.jacobi import JacobiDrafter
 from mmspec.drafters.plain import PlainDrafter
 from mmspec.records import Guarantee, Proposal, Scores
-from mmspec.sampling import LawConfig, build_law
+from mmspec.sampling import LawConfig, LawContext, build_law
 from mmspec.tree import pack_chain, pack_trees
 from mmspec.verify import BlockVerification, block_choices, build_rule, residual_choices
 
@@ -142,8 +142,20 @@ def test_joint_law_under_warpers(kind):
     table = random_table(5, LENGTH, V)
     law = build_law(config)
 
+    # Warpers do not look at the path.
+    nothing = torch.zeros(1, 1, dtype=torch.long)
+    context = LawContext(
+        tokens_BN=nothing,
+        ancestors_BNN=nothing[..., None].bool(),
+        depth_BN=nothing,
+        positions_BN=nothing,
+        history_BT=nothing,
+        lengths_B=nothing[0],
+        prompt_lengths_B=nothing[0],
+    )
+
     def law_of(logits):
-        return law(logits.flatten(0, 1), None).view_as(logits).softmax(-1)
+        return law(logits.flatten(0, 1), context).view_as(logits).softmax(-1)
 
     made = run_toy(table, make_drafter(kind, 5), "speculative", seed=5, config=config)
     assert chi_square_p(made.outputs, joint_law(table, law_of)) > SANE_P
