@@ -76,6 +76,23 @@ def pack_chain(
     )
 
 
+def pack_roots(roots_B: Int[Tensor, "B"]) -> Proposal:
+    """No drafts: plain decoding of one token per row, with nothing to compute."""
+    zeros_B1 = torch.zeros_like(roots_B)[:, None]
+    true_B1 = torch.ones_like(zeros_B1, dtype=torch.bool)
+    none = (0,) * roots_B.shape[0]
+    return Proposal(
+        tokens_BN=roots_B[:, None],
+        parents_BN=zeros_B1,
+        valid_BN=true_B1,
+        depth_BN=zeros_B1,
+        ancestors_BNN=true_B1[..., None],
+        is_chain=True,
+        num_drafted=none,
+        num_levels=none,
+    )
+
+
 def pack_trees(
     tokens: Sequence[Sequence[int]],
     parents: Sequence[Sequence[int]],
@@ -194,6 +211,8 @@ def walk(
         The accepted path (M = N for a chain) and the number of accepted drafts.
     """
     depth_BN = proposal.depth_BN
+    if proposal.width == 1:
+        return depth_BN, depth_BN[:, 0]
     parent_choice = choices_BN.gather(1, proposal.parents_BN)
     fits = (proposal.tokens_BN == parent_choice) & proposal.valid_BN
     fits |= depth_BN == 0

@@ -164,7 +164,7 @@ def twins(rows, width, generator):
 
 
 LIES = {
-    "nothing": lambda rows, width, generator: root_only(rows, VOCAB),
+    "nothing": lambda rows, width, generator: root_only(rows),
     "padding only": lambda rows, width, generator: pack_chain(
         torch.full((rows.num_rows, width), -7), [0] * rows.num_rows, VOCAB
     ),

@@ -94,7 +94,7 @@ class CrossTokenizerDrafter:
         """A chain per row."""
         num_drafts = plan.width - 1
         if num_drafts < 1:
-            return root_only(self._rows, self._vocab_size)
+            return root_only(self._rows)
         logits, contexts = self._read_context(num_drafts)
         if self._method == "shared":
             return self._draft_shared(logits, contexts, num_drafts)

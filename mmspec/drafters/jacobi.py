@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from mmspec.drafters.plain import root_only
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 from mmspec.sampling import Salt, gumbel
@@ -76,7 +77,7 @@ class JacobiDrafter:
         width = min(plan.width, self._max_width)
         if self._laws_BRV is None or width == 1:
             # Before the first forward nothing is known that could be accepted.
-            return pack_chain(rows.roots_B()[:, None], [0] * rows.num_rows, self._vocab_size)
+            return root_only(rows)
         ahead = torch.arange(1, width, device=rows.lengths_B.device)
         position = rows.lengths_B[:, None] - 1 + ahead
         guesses, laws = self._guesses_at(position)

@@ -66,7 +66,7 @@ class ModelDrafter:
         rows = self._rows
         num_drafts = plan.width - 1
         if num_drafts < 1:
-            return root_only(rows, self._vocab_size)
+            return root_only(rows)
         scratch = rows.tokens_BT.clone()
         self._root_slot = [len(tokens) - 1 for tokens in rows.host_tokens]
         laws = []

@@ -94,7 +94,7 @@ class NgramDrafter:
         ]
         longest = max(map(len, self._drafts))
         if longest == 0:
-            return root_only(rows, self._vocab_size)
+            return root_only(rows)
         return pack_trees(
             [draft.tokens for draft in self._drafts],
             [draft.parents for draft in self._drafts],

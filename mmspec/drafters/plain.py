@@ -2,7 +2,7 @@
 
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.tree import pack_chain
+from mmspec.tree import pack_roots
 
 
 class PlainDrafter:
@@ -11,16 +11,15 @@ class PlainDrafter:
     name = "none"
 
     def __init__(self, rows: TokenRows, vocab_size: int) -> None:
-        """Remembers the rows."""
+        """Remembers the rows; the vocabulary is not needed, every drafter is given it."""
         self._rows = rows
-        self._vocab_size = vocab_size
 
     def prefill(self) -> None:
         """Reads nothing."""
 
     def propose(self, plan: Plan) -> Proposal:
         """The root alone."""
-        return root_only(self._rows, self._vocab_size)
+        return root_only(self._rows)
 
     def commit(
         self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
@@ -28,6 +27,6 @@ class PlainDrafter:
         """Learns nothing."""
 
 
-def root_only(rows: TokenRows, vocab_size: int) -> Proposal:
+def root_only(rows: TokenRows) -> Proposal:
     """A proposal without drafts."""
-    return pack_chain(rows.roots_B()[:, None], [0] * rows.num_rows, vocab_size)
+    return pack_roots(rows.roots_B())
