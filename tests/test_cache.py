@@ -78,7 +78,7 @@ def run_with_drafts(model, drafter: str, tolerance: float) -> None:
 def compare_with_fresh(model, target: CausalTarget, tolerance: float) -> None:
     rows = target.rows
     with torch.no_grad():
-        logits = target.score(root_only(rows, VOCAB)).logits_BNV[:, 0]
+        logits = target.score(root_only(rows)).logits_BNV[:, 0]
     for row, tokens in enumerate(rows.host_tokens):
         num_cached = len(tokens) - 1
         with torch.no_grad():
