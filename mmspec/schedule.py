@@ -154,7 +154,8 @@ class AdaptiveSchedule:
     def _chosen_width(self) -> int:
         plain = self._cost(1)
         if plain is None:
-            return self._widths[min(2, len(self._widths) - 1)]
+            # A drafter that is silent without a guess is worth listening to from the start.
+            return self._widths[-1 if self._is_free else min(2, len(self._widths) - 1)]
         rates = {width: self._rate(width, plain) for width in self._widths}
         best = max(rates, key=lambda width: rates[width])
         self._gain = rates[best] * plain

@@ -36,6 +36,8 @@ from mmspec.verify import RULES, build_rule
 
 SCHEDULES = ("adaptive", "fixed")
 DEFAULT_WIDTH = 16
+#: A retrieved draft costs nothing more to be long, and copies are long.
+DEFAULT_WIDTHS = {"ngram": 32}
 
 #: Rules that ask something of the drafts; rules not named here take any drafter.
 RULE_DRAFTERS = {
@@ -66,7 +68,8 @@ class Settings:
     Attributes:
         drafter: As in `mmspec.drafters.parse_spec`.
         rule: A name of `mmspec.verify.RULES`.
-        width: Most nodes per row and forward, the root included; None is 16.
+        width: Most nodes per row and forward, the root included; None is 16 (32 for
+            "ngram").
         schedule: "adaptive", "fixed", or None: adaptive under the exact rule, fixed under rules
             that keep the law only. Adaptive widths follow the clock; under those rules a seed
             would then not give the same tokens twice.
@@ -104,7 +107,9 @@ class Settings:
     @property
     def max_width(self) -> int:
         """Nodes of the widest step."""
-        return DEFAULT_WIDTH if self.width is None else self.width
+        if self.width is not None:
+            return self.width
+        return DEFAULT_WIDTHS.get(parse_spec(self.drafter)[0], DEFAULT_WIDTH)
 
 
 def build_engine(
@@ -177,7 +182,8 @@ def speculate(
         drafter: A name ("ngram", "jacobi", "early_exit", ...), a mapping with ``name`` and
             options, or a loaded smaller model.
         rule: "exact", or a rule that keeps the law only: "speculative", "block", "coupled", "sjd".
-        width: Most nodes per row and forward, the root included; None is 16.
+        width: Most nodes per row and forward, the root included; None is 16 (32 for
+            "ngram").
         schedule: "adaptive" drafts as much as pays, "fixed" always ``width``; None is adaptive
             under the exact rule and fixed under the others, where the width moves the tokens.
         generator: One for all rows, one per row (after ``num_return_sequences``), or None for

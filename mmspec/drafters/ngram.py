@@ -5,6 +5,7 @@ structures are in `mmspec.drafters.trie` (the rows themselves and earlier output
 `mmspec.drafters.suffix` (external corpora).
 """
 
+import bisect
 import weakref
 from collections.abc import Sequence
 
@@ -15,10 +16,10 @@ from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 from mmspec.tree import BUCKETS, bucket, pack_trees
 
-# Longest context that is told apart when acceptance is learned; longer ones share its figures.
-_LONGEST_CLASS = 24
+# Context lengths whose acceptance is learned together: 1, 2, 3-4, 5-8, 9-16 and more.
+_CLASSES = (1, 2, 4, 8, 16)
 # Weight of the prior m / (m + 2), in observations.
-_PRIOR = 4.0
+_PRIOR = 2.0
 
 
 class NgramDrafter:
@@ -65,7 +66,7 @@ class NgramDrafter:
         self._streams: list[int] = []
         self._states: list[MatchState] = []
         self._trust = _Trust()
-        self._drafts: list[Draft] = []
+        self._match_lengths: list[int] = []
 
     def prefill(self) -> None:
         """Reads the prompts."""
@@ -88,19 +89,23 @@ class NgramDrafter:
         """What followed each row's tail, as far as it is worth verifying."""
         rows = self._rows
         budget = plan.width - 1
-        self._drafts = [
-            Draft() if done or not budget else self._draft(row, budget, plan.min_survival)
+        found = [
+            Draft() if done or not budget else self._draft(row, budget)
             for row, done in enumerate(rows.host_done)
         ]
-        longest = max(map(len, self._drafts))
+        self._match_lengths = [draft.match_length for draft in found]
+        longest = max(self._trust.worth(draft, plan.min_survival) for draft in found)
         if longest == 0:
             return root_only(rows)
+        # The step has the cost of its bucket, so every row drafts as much as fits into it.
+        width = min(bucket(longest + 1), plan.width)
+        drafts = [_first(draft, width - 1) for draft in found]
         return pack_trees(
-            [draft.tokens for draft in self._drafts],
-            [draft.parents for draft in self._drafts],
+            [draft.tokens for draft in drafts],
+            [draft.parents for draft in drafts],
             rows.roots_B(),
             self._vocab_size,
-            min(bucket(longest + 1), plan.width),
+            width,
         )
 
     def commit(
@@ -111,12 +116,12 @@ class NgramDrafter:
             if not outcome.was_active[row]:
                 continue
             levels = proposal.num_levels[row]
-            self._trust.learn(self._drafts[row].match_length, levels, outcome.num_accepted[row])
+            self._trust.learn(self._match_lengths[row], levels, outcome.num_accepted[row])
             self.memory.extend(self._streams[row], new)
             if self._states:
                 self._states[row].extend(new)
 
-    def _draft(self, row: int, budget: int, min_survival: float) -> Draft:
+    def _draft(self, row: int, budget: int) -> Draft:
         draft = self.memory.draft(self._streams[row], budget, branching=self._branching)
         if self._corpus is not None:
             found = self._corpus.draft(
@@ -126,11 +131,16 @@ class NgramDrafter:
                 draft = merge([draft, found], budget)
             elif found.match_length > draft.match_length:
                 draft = found
-        return self._trust.cut(draft, min_survival)
+        return draft
 
 
 def _close(memory: NgramTrie, stream: int) -> None:
     memory.close_stream(stream)
+
+
+def _first(draft: Draft, count: int) -> Draft:
+    """The first nodes of a draft; parents come first, so they are a draft themselves."""
+    return Draft(draft.tokens[:count], draft.parents[:count], draft.match_length)
 
 
 class _Trust:
@@ -141,25 +151,29 @@ class _Trust:
     """
 
     def __init__(self) -> None:
-        self._tried = [_PRIOR] * (_LONGEST_CLASS + 1)
-        self._held = [_PRIOR * m / (m + 2) for m in range(_LONGEST_CLASS + 1)]
+        self._tried = [_PRIOR] * (len(_CLASSES) + 1)
+        lengths = (*_CLASSES, 2 * _CLASSES[-1])
+        self._held = [_PRIOR * length / (length + 2) for length in lengths]
 
-    def cut(self, draft: Draft, min_survival: float) -> Draft:
-        """Drops the nodes that survive too rarely to be worth their verification."""
+    def worth(self, draft: Draft, min_survival: float) -> int:
+        """How many nodes survive often enough to be worth their verification."""
         if draft.parents != list(range(-1, len(draft) - 1)):
-            kept = sum(score >= min_survival for score in draft.scores)
-            return Draft(draft.tokens[:kept], draft.parents[:kept], draft.match_length)
+            return sum(score >= min_survival for score in draft.scores)
         survival = 1.0
         for depth in range(len(draft)):
-            context = min(draft.match_length + depth, _LONGEST_CLASS)
+            context = _class_of(draft.match_length + depth)
             survival *= self._held[context] / self._tried[context]
             if survival < min_survival:
-                return Draft(draft.tokens[:depth], draft.parents[:depth], draft.match_length)
-        return draft
+                return depth
+        return len(draft)
 
     def learn(self, match_length: int, num_levels: int, num_accepted: int) -> None:
         """Counts how many levels of a draft held; the first that did not is a failure."""
         for depth in range(min(num_accepted + 1, num_levels)):
-            context = min(match_length + depth, _LONGEST_CLASS)
+            context = _class_of(match_length + depth)
             self._tried[context] += 1
             self._held[context] += depth < num_accepted
+
+
+def _class_of(length: int) -> int:
+    return bisect.bisect_left(_CLASSES, length)

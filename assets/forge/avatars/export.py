@@ -31,9 +31,6 @@ def build(work_dir: Path) -> tuple[JanusForConditionalGeneration, dict[str, floa
     model = make_model(len(make_tokenizer()), len(palette))
     model.load_state_dict(state["model"])
     write_palette(model.model.vqmodel, palette)
-    encoder = work_dir / "encoder.pt"
-    if encoder.exists():
-        model.model.vqmodel.load_state_dict(torch.load(encoder, weights_only=True), strict=False)
     return model.eval(), {"steps": state["step"], "training_time_s": round(state["spent_s"])}
 
 
