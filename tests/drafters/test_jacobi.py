@@ -122,5 +122,5 @@ def test_options():
     with pytest.raises(ValueError, match="stride must be >= 1"):
         make(toy_rows(1, 4, seed=0), stride=0)
     assert [default_window(n) for n in (16, 256, 576, 1024, 4096)] == [8, 32, 64, 64, 64]
-    assert [default_window(256, rows) for rows in (1, 4, 8, 16, 64)] == [32, 16, 16, 8, 8]
+    assert [default_window(256, rows) for rows in (1, 4, 8, 16, 64)] == [32, 16, 8, 8, 8]
     assert default_window(256) == 32
