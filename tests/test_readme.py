@@ -13,7 +13,7 @@ from mmspec.cli import app
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
-    line.strip()
+    line.split("#")[0].strip()
     for block in re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL)
     for line in block.splitlines()
     if line.strip() and not line.strip().startswith("#")
