@@ -10,6 +10,7 @@ that go with it come from `slot_mask`. Shape suffixes as in `mmspec.records`, an
 """
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Bool, Int
@@ -23,13 +24,25 @@ class _Cursor:
     def __init__(self, num_rows: int, capacity: int) -> None:
         self.num_rows = num_rows
         self.capacity = capacity
-        self.slots_BN: Tensor | None = None
+        self.flat_slots: Tensor | None = None
         self.extent = 0
         self.past = 0
 
+    def flat(self, slots_BN: Tensor) -> Tensor:
+        """Index of every slot where the rows stand one behind the other, ``[B * N]``."""
+        first_B = torch.arange(slots_BN.shape[0], device=slots_BN.device) * self.capacity
+        return (slots_BN.clamp(max=self.capacity - 1) + first_B[:, None]).flatten()
+
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, preallocated as ``[B, H, capacity, D]``."""
+    """Keys and values of one layer, preallocated.
+
+    Attributes:
+        buffers: Keys and values as ``[B, capacity, H, D]``: each slot is one piece of memory, so
+            that writing at any slots is one copy of rows.
+        keys: A view of the first, ``[B, H, capacity, D]``.
+        values: A view of the second.
+    """
 
     is_sliding = False
     is_compileable = True
@@ -38,30 +51,39 @@ class SlotLayer(CacheLayerMixin):
         """Allocates nothing yet: head count, dtype and device come with the first keys."""
         super().__init__()
         self.cursor = cursor
+        self.buffers: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the buffers on the keys' device."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        for name, states in (("keys", key_states), ("values", value_states)):
-            shape = (self.cursor.num_rows, states.shape[1], self.cursor.capacity, states.shape[3])
-            setattr(self, name, states.new_zeros(shape))
+        shape = (self.cursor.num_rows, self.cursor.capacity)
+        self.hold(
+            states.new_zeros((*shape, states.shape[1], states.shape[3]))
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
+
+    def hold(self, buffers: Iterable[Tensor]) -> None:
+        """Takes these buffers from now on."""
+        self.buffers = list(buffers)
+        self.keys, self.values = (buffer.transpose(1, 2) for buffer in self.buffers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Writes ``[B, H, N, D]`` at the cursor's slots and returns the first ``extent`` slots."""
+        """Writes ``[B, H, N, D]`` where the cursor says; returns the first ``extent`` slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.cursor.slots_BN is not None, "aim() says where to write before each forward"
-        slots = self.cursor.slots_BN.to(key_states.device)
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if slots.shape[0] == 1:
-                buffer.index_copy_(2, slots[0], states)
+        past, extent, flat = self.cursor.past, self.cursor.extent, self.cursor.flat_slots
+        seen = []
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            new = states.transpose(1, 2)
+            if flat is None:
+                buffer[:, past : past + new.shape[1]] = new
             else:
-                buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
-        extent = self.cursor.extent
-        return self.keys[:, :, :extent], self.values[:, :, :extent]
+                buffer.flatten(0, 1).index_copy_(0, flat.to(new.device), new.flatten(0, 1))
+            seen.append(buffer[:, :extent].transpose(1, 2))
+        return seen[0], seen[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Slots seen by the coming forward, and their offset."""
@@ -75,13 +97,12 @@ class SlotLayer(CacheLayerMixin):
         """Capacity in tokens."""
         return self.cursor.capacity
 
-    def move(self, source_BM: Tensor, target_BM: Tensor) -> None:
-        """Copies slots to slots, row by row."""
-        for buffer in (self.keys, self.values):
-            shape = (-1, buffer.shape[1], -1, buffer.shape[3])
-            source = source_BM.to(buffer.device)[:, None, :, None].expand(shape)
-            target = target_BM.to(buffer.device)[:, None, :, None].expand(shape)
-            buffer.scatter_(2, target, buffer.gather(2, source))
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copies slots to slots; both are flat, as `_Cursor.flat` gives them."""
+        for buffer in self.buffers:
+            flat = buffer.flatten(0, 1)
+            kept = flat.index_select(0, source.to(flat.device))
+            flat.index_copy_(0, target.to(flat.device), kept)
 
 
 class SlotCache(Cache):
@@ -102,15 +123,16 @@ class SlotCache(Cache):
         """Tokens per row."""
         return self.cursor.capacity - 1
 
-    def aim(self, slots_BN: Int[Tensor, "B N"], extent: int, past: int = 0) -> None:
+    def aim(self, slots_BN: Int[Tensor, "B N"] | None, extent: int, past: int = 0) -> None:
         """Says where the coming forward writes.
 
         Args:
-            slots_BN: Slot of every node; slots past the capacity fall into the bin.
+            slots_BN: Slot of every node; slots past the capacity fall into the bin. None where
+                every row writes at slots ``past``, ``past + 1``, ...: a slice, which is cheaper.
             extent: How many slots the forward attends over.
-            past: Cached tokens, if equal in all rows and no mask is given to the model.
+            past: Cached tokens, if equal in all rows; they are when no mask is given to the model.
         """
-        self.cursor.slots_BN = slots_BN.clamp(max=self.cursor.capacity - 1)
+        self.cursor.flat_slots = None if slots_BN is None else self.cursor.flat(slots_BN)
         self.cursor.extent = extent
         self.cursor.past = past
 
@@ -121,10 +143,10 @@ class SlotCache(Cache):
             5 tokens cached and the path ``[0, 1, 3]``: the keys in slots 5, 6, 8 go to 5, 6, 7.
         """
         offset = torch.arange(path_BM.shape[1], device=path_BM.device)
-        source, target = cached_B[:, None] + path_BM, cached_B[:, None] + offset
-        last = self.cursor.capacity - 1
+        source = self.cursor.flat(cached_B[:, None] + path_BM)
+        target = self.cursor.flat(cached_B[:, None] + offset)
         for layer in self._filled():
-            layer.move(source.clamp(max=last), target.clamp(max=last))
+            layer.move(source, target)
 
     def first_layers(self, count: int) -> "SlotCache":
         """A cache that shares the buffers of the first layers (for an early-exit drafter)."""
@@ -142,8 +164,7 @@ class SlotCache(Cache):
         """Keeps only some rows, in the given order."""
         self.cursor.num_rows = rows.shape[0]
         for layer in self._filled():
-            layer.keys = layer.keys.index_select(0, rows.to(layer.keys.device))
-            layer.values = layer.values.index_select(0, rows.to(layer.values.device))
+            layer.hold(buffer.index_select(0, rows.to(buffer.device)) for buffer in layer.buffers)
 
     def reserve(self, capacity: int) -> None:
         """Grows to at least this many tokens per row; never shrinks."""
@@ -151,11 +172,10 @@ class SlotCache(Cache):
             return
         self.cursor.capacity = capacity + 1
         for layer in self._filled():
-            for name in ("keys", "values"):
-                old = getattr(layer, name)
-                grown = old.new_zeros((*old.shape[:2], capacity + 1, old.shape[3]))
-                grown[:, :, : old.shape[2]] = old
-                setattr(layer, name, grown)
+            layer.hold(
+                torch.nn.functional.pad(old, (0, 0, 0, 0, 0, capacity + 1 - old.shape[1]))
+                for old in layer.buffers
+            )
 
 
 def slot_mask(

@@ -14,8 +14,6 @@ from torch import Tensor
 from mmspec.cache import SlotCache, slot_mask
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
-# Chunks up to this many tokens are fed at once, logits and all.
-WIDE = 32
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -63,12 +61,16 @@ def text_device(model: Any) -> torch.device:
     return embedding.weight.device if execution is None else torch.device(execution)
 
 
+def as_law_dtype(logits: Tensor) -> Tensor:
+    """Laws are computed in float32, or in float64 where the model is."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 class SlotForward:
     """Runs a decoder over a `SlotCache`.
 
     Attributes:
         cache: The model's keys and values.
-        num_forwards: Forwards so far.
     """
 
     def __init__(
@@ -94,7 +96,6 @@ class SlotForward:
         config = model.config.get_text_config(decoder=True)
         self.model = model
         self.cache = cache if cache is not None else SlotCache(num_rows, capacity)
-        self.num_forwards = 0
         self._is_compiled = compile
         self._call: Callable[..., object] = compiled_forward(model) if compile else model
         self._layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
@@ -102,79 +103,52 @@ class SlotForward:
         if not self._layer_types and not getattr(config, "use_sliding_window", True):
             self._window = None
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._is_eager = config._attn_implementation == "eager"
+        devices = set((getattr(model, "hf_device_map", None) or {}).values())
+        self._is_dispatched = len(devices) > 1
         self._max_position = getattr(config, "max_position_embeddings", None)
 
-    def prefill(
-        self,
-        inputs: Mapping[str, Tensor],
-        cached_B: Tensor,
-        host_cached: Sequence[int],
-    ) -> None:
-        """Caches a right-padded chunk of every row; its logits are not wanted.
-
-        Args:
-            inputs: ``input_ids`` ``[B, N]`` or ``inputs_embeds`` ``[B, N, hidden]``.
-            cached_B: Tokens each row has cached already.
-            host_cached: The same on the host.
-        """
-        num_rows, num_nodes = next(iter(inputs.values())).shape[:2]
-        if num_nodes == 0:
-            return
-        node = torch.arange(num_nodes, device=cached_B.device)
-        self.run(
-            inputs,
-            cached_B=cached_B,
-            host_cached=host_cached,
-            depth_BN=node.expand(num_rows, -1),
-            ancestors_BNN=(node[:, None] >= node).expand(num_rows, -1, -1),
-            positions_BN=cached_B[:, None] + node,
-            is_chain=True,
-            num_keep=1,
-            allow_compiled=False,
-        )
-
     def extend(
-        self, ids_BN: Tensor, num_cached: Sequence[int], counts: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+        self, inputs: Mapping[str, Tensor], num_cached: Sequence[int], counts: Sequence[int]
+    ) -> Tensor:
         """Feeds a right-padded chunk of tokens behind what each row has cached.
 
         Args:
-            ids_BN: Token ids; entries past a row's count are padding.
+            inputs: ``input_ids`` ``[B, N]`` or ``inputs_embeds`` ``[B, N, hidden]``, N being the
+                largest count; entries past a row's count are padding.
             num_cached: Tokens each row has cached.
             counts: Tokens of the chunk that count, at least one per row.
 
         Returns:
-            The logits behind each row's last token, ``[B, 1, V]`` in float32 or float64, and that
-            token's position ``[B, 1]``.
+            What the model says behind each row's last token: logits ``[B, 1, V]``, or the hidden
+            state ``[B, 1, hidden]`` of a model without a head. Other logits are not computed if
+            the model lets one choose.
         """
-        if ids_BN.shape[1] > WIDE:
-            # Logits of a whole prompt would fill the memory: cache it, then feed its last token.
-            cached_B = torch.tensor(list(num_cached), device=ids_BN.device)
-            self.prefill({"input_ids": ids_BN}, cached_B, num_cached)
-            last = torch.tensor(list(counts), device=ids_BN.device)[:, None] - 1
-            ids_BN = ids_BN.gather(1, last)
-            num_cached = [n + count - 1 for n, count in zip(num_cached, counts, strict=True)]
-            counts = [1] * len(counts)
-        num_rows, num_nodes = ids_BN.shape
-        node = torch.arange(num_nodes, device=ids_BN.device)
-        cached_B = torch.tensor(list(num_cached), device=ids_BN.device)
+        chunk = next(iter(inputs.values()))
+        num_rows, num_nodes = chunk.shape[:2]
+        node = torch.arange(num_nodes, device=chunk.device)
+        cached_B = torch.tensor(list(num_cached), device=chunk.device)
+        last_B = torch.tensor(list(counts)) - 1
         output = self.run(
-            {"input_ids": ids_BN},
+            inputs,
             cached_B=cached_B,
             host_cached=num_cached,
             depth_BN=node.expand(num_rows, -1),
             ancestors_BNN=(node[:, None] >= node).expand(num_rows, -1, -1),
             positions_BN=cached_B[:, None] + node,
             is_chain=True,
+            keep=self._kept(last_B, chunk.device) if num_nodes > 1 else None,
+            allow_compiled=False,
         )
-        logits: Tensor = output.logits  # type: ignore[attr-defined]
-        last_B1 = torch.tensor(list(counts), device=ids_BN.device)[:, None] - 1
-        if num_nodes > 1:
-            at_last = last_B1[..., None].expand(-1, -1, logits.shape[-1]).to(logits.device)
-            logits = logits.gather(1, at_last)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.to(ids_BN.device), cached_B[:, None] + last_B1
+        states = output.logits if hasattr(output, "logits") else output.last_hidden_state
+        return _at_last(states, last_B).to(chunk.device)
+
+    def _kept(self, last_B: Tensor, device: torch.device) -> Tensor | int:
+        """Which logits to ask for: each row's own last, or where that cannot be said, all lasts."""
+        kept = last_B.unique()
+        if len(kept) == 1:
+            return 1
+        # A choice per row must lie where the last layer is; one for all rows may be on the host.
+        return kept if self._is_dispatched else last_B[:, None].to(device)
 
     def run(
         self,
@@ -186,9 +160,9 @@ class SlotForward:
         ancestors_BNN: Tensor,
         positions_BN: Tensor,
         is_chain: bool,
-        num_keep: int = 0,
+        keep: Tensor | int | None = None,
         allow_compiled: bool = True,
-    ) -> object:
+    ) -> Any:
         """One forward over drafted nodes.
 
         Args:
@@ -199,7 +173,7 @@ class SlotForward:
             ancestors_BNN: Ancestor relation.
             positions_BN: Position ids.
             is_chain: Every row is a chain.
-            num_keep: Logits of the last so many nodes; 0 is all.
+            keep: The model's ``logits_to_keep``, if it has it; None is all.
             allow_compiled: Use the compiled forward if there is one.
 
         Returns:
@@ -207,25 +181,26 @@ class SlotForward:
         """
         compiled = self._is_compiled and allow_compiled
         num_nodes = depth_BN.shape[1]
-        longest = max(host_cached)
-        extent = self.cache.cursor.capacity if compiled else longest + num_nodes
-        extent = min(extent, self.cache.cursor.capacity)
-        node = torch.arange(num_nodes, device=cached_B.device)
-        self.cache.aim(cached_B[:, None] + node, extent, longest)
+        longest, capacity = max(host_cached), self.cache.cursor.capacity
+        extent = capacity if compiled else min(longest + num_nodes, capacity)
+        # A slice at a place that moves would be compiled again in every step.
+        is_even = not compiled and min(host_cached) == longest and longest + num_nodes <= capacity
+        slots_BN = None
+        if not is_even:
+            slots_BN = cached_B[:, None] + torch.arange(num_nodes, device=cached_B.device)
+        self.cache.aim(slots_BN, extent, longest)
         is_plain = (
             is_chain
-            and not compiled
-            and min(host_cached) == longest
+            and is_even
             and (num_nodes == 1 or longest == 0)
             and (self._window is None or extent < self._window)
         )
         mask = None if is_plain else self._mask(cached_B, ancestors_BNN, depth_BN, extent)
         if self._max_position is not None:
             positions_BN = positions_BN.clamp(max=self._max_position - 1)
-        arguments = dict(inputs)
-        if self._takes_keep and num_keep:
-            arguments["logits_to_keep"] = num_keep  # type: ignore[assignment]
-        self.num_forwards += 1
+        arguments: dict[str, Any] = dict(inputs)
+        if self._takes_keep and keep is not None:
+            arguments["logits_to_keep"] = keep
         call = self._call if compiled else self.model
         return call(
             **arguments,
@@ -238,20 +213,30 @@ class SlotForward:
     def _mask(
         self, cached_B: Tensor, ancestors_BNN: Tensor, depth_BN: Tensor, extent: int
     ) -> Tensor | dict[str, Tensor]:
+        # Added to the scores: eager attention wants it so, and sdpa would convert in each layer.
+        # The least number, not -inf: a padding node that sees nothing must not turn into NaN.
+        dtype, device = self.model.dtype, depth_BN.device
+        least = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
+
         def build(window: int | None) -> Tensor:
             mask = slot_mask(cached_B, ancestors_BNN, depth_BN, extent, window)
-            if not self._is_eager:
-                return mask
-            # Eager attention adds the mask to the scores, so it must be a float.
-            dtype = self.model.dtype
-            return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(
-                ~mask, torch.finfo(dtype).min
-            )
+            return torch.where(mask, torch.zeros_like(least), least)
 
         if not self._layer_types:
             return build(self._window)
         windows = {"full_attention": None, "sliding_attention": self._window}
         return {kind: build(windows[kind]) for kind in self._layer_types}
+
+
+def _at_last(states: Tensor, last_B: Tensor) -> Tensor:
+    """Each row's last node, ``[B, 1, ...]``, from answers for all nodes or for those asked for."""
+    if states.shape[1] == 1:
+        return states
+    kept = last_B.unique()
+    if states.shape[1] == len(kept):
+        last_B = torch.searchsorted(kept, last_B)
+    index = last_B.to(states.device)[:, None, None]
+    return states.gather(1, index.expand(-1, -1, states.shape[2]))
 
 
 def compiled_forward(model: Any) -> Callable[..., object]:

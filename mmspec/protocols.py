@@ -50,7 +50,11 @@ class Target(Protocol[ProposalIn, ScoresOut, VerdictIn]):
     """The model whose output is wanted."""
 
     def prefill(self) -> None:
-        """Reads the prompts. Mutates the target's caches; called once, before the first step."""
+        """Reads the prompts. Mutates the target's caches; called once, before the first step.
+
+        A target may keep what it says behind the prompts and answer a first step without drafts
+        from that: the schedules of mmspec make the first step plain.
+        """
 
     def score(self, proposal: ProposalIn) -> ScoresOut:
         """Runs one forward over every drafted unit.

@@ -11,13 +11,11 @@ Shape suffixes, used in the whole core:
     T  capacity of a row in tokens
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
-
-#: Used until a schedule has measured what a node costs.
-DEFAULT_MIN_SURVIVAL = 0.05
 
 
 class Guarantee(StrEnum):
@@ -34,11 +32,13 @@ class Plan:
 
     Attributes:
         width: Nodes per row in the target's forward, the root included; 1 is plain decoding.
-        min_survival: Drafts less likely than this to survive are not worth their verification.
+        prices: Units per row that the drafts of a step of each width must be expected to bring to
+            be worth their verification; empty until measured. For drafters that may draft less
+            than they are asked for.
     """
 
     width: int
-    min_survival: float = DEFAULT_MIN_SURVIVAL
+    prices: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ class Scores:
         logits_BNV: Logits of the token that follows each node, guided, float32 or float64,
             before temperature and masks.
         positions_BN: Absolute position of every node in its row.
-        forward_time_s: Seconds that the target's forward took.
+        forward_time_s: Seconds that the target's forward took; 0 where the prefill had the answer.
     """
 
     logits_BNV: torch.Tensor
@@ -149,7 +149,7 @@ class StepRecord:
         num_emitted: Units committed per row.
         was_active: Rows that took part.
         draft_time_s: Seconds in ``propose``.
-        verify_time_s: Seconds in the target's forward.
+        verify_time_s: Seconds in the target's forward; 0 in a first step that the prefill answers.
         other_time_s: Seconds in law, rule, commit and bookkeeping.
     """
 
@@ -176,14 +176,16 @@ class Stats:
 
     Attributes:
         num_units: Units generated.
-        num_target_forwards: Target forwards after the prefill.
+        num_target_forwards: Steps, which are the target's forwards with the prefill among them: it
+            answers the first step, so plain decoding of N units takes N forwards. (A schedule of
+            your own that drafts in the first step pays one forward more.)
         tau: Units per target forward and row, the bonus included.
         num_drafted: Units drafted.
         num_accepted: Drafted units that were accepted.
         accepted_histogram: ``[k]`` is the number of row-steps with exactly k accepted drafts.
         acceptance_by_position: ``[k]`` is the share of drafts at depth k + 1 that were accepted
             among those whose parent was accepted (conditional acceptance).
-        prefill_time_s: Seconds before the first step.
+        prefill_time_s: Seconds before the first step, the forward that answers it included.
         draft_time_s: Seconds drafting.
         verify_time_s: Seconds in the target's forwards.
         other_time_s: Everything else between the first step and the last.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mmspec.noise import NoiseWindow, gumbel
 from mmspec.records import Outcome, Proposal, Verdict
 from mmspec.sampling import LawContext
 
@@ -87,6 +88,7 @@ class TokenRows:
         self.host_done = [False] * len(prompts)
         self.prompt_lengths = lengths
         self.step = 0
+        self._noise: dict[int, NoiseWindow] = {}
         self._stop_check = stop_check
 
     @property
@@ -125,6 +127,24 @@ class TokenRows:
     def positions(self, depth_BN: Tensor) -> Tensor:
         """Absolute position of each node; never past a row's last legal position."""
         return torch.minimum(self.lengths_B[:, None] - 1 + depth_BN, self.limits_B[:, None] - 1)
+
+    def choice_noise(self, num_positions: int, vocab_size: int, offset: int = 0) -> Tensor:
+        """Gumbel noise of the target's choices behind each row's end, ``[B, N, V]``.
+
+        Args:
+            num_positions: N.
+            vocab_size: V; noise of a smaller vocabulary is the first part of a larger one's.
+            offset: Positions to skip behind the end.
+        """
+        if torch.compiler.is_compiling():
+            # A compiled rule has no state on the host, and fuses the noise into what uses it.
+            span = torch.arange(offset, offset + num_positions, device=self.lengths_B.device)
+            return gumbel(self.keys_B, self.lengths_B[:, None] + span, vocab_size)
+        window = self._noise.get(vocab_size)
+        if window is None:
+            window = self._noise[vocab_size] = NoiseWindow(self.keys_B, vocab_size)
+        host_lengths = [len(tokens) for tokens in self.host_tokens]
+        return window.take(self.lengths_B, host_lengths, num_positions, offset)
 
     def new_tokens(self, row: int) -> list[int]:
         """The output of a row so far."""

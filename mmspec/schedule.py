@@ -8,16 +8,17 @@ import logging
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-from mmspec.records import DEFAULT_MIN_SURVIVAL, Plan, StepRecord
+from mmspec.checks import is_integer
+from mmspec.records import Plan, StepRecord
 from mmspec.tree import BUCKETS, bucket
 
 logger = logging.getLogger("mmspec")
 
 
 class FixedSchedule:
-    """The same width in every step, clamped at the end of the rows."""
+    """The same width in every step but the first, clamped at the end of the rows."""
 
     def __init__(self, width: int, remaining: Callable[[], int]) -> None:
         """Fixes the width.
@@ -29,17 +30,21 @@ class FixedSchedule:
         Raises:
             ValueError: If ``width`` is below 1 or above the largest bucket.
         """
-        if not isinstance(width, int) or not 1 <= width <= BUCKETS[-1]:
+        if not is_integer(width) or not 1 <= width <= BUCKETS[-1]:
             raise ValueError(f"window must be between 1 and {BUCKETS[-1]}, got {width!r}")
         self._width = width
         self._remaining = remaining
+        self._has_begun = False
 
     def plan(self) -> Plan:
-        """Returns the plan of the next step."""
+        """Returns the plan of the next step; the first is plain, for the prefill answers it."""
+        if not self._has_begun:
+            return Plan(width=1)
         return Plan(width=_clamped(self._width, self._remaining()))
 
     def observe(self, record: StepRecord) -> None:
-        """Learns nothing."""
+        """Learns nothing but that there was a step."""
+        self._has_begun = True
 
 
 def _clamped(width: int, remaining: int) -> int:
@@ -59,9 +64,15 @@ class AdaptiveSchedule:
     the width with the best ratio wins. Where the drafter is silent the step is plain, so the ratio
     is taken over both.
 
+    A free drafter (retrieval) chooses its width itself, step by step, for it knows how good its
+    drafts are; it is told what they must bring (`Plan.prices`), and is plain where they do not.
+
     If plain decoding wins, drafts are a probe, and probes are paid from a budget: what they lose
     against plain decoding may grow to a fixed share of the time, so a useless drafter costs that
     share at most and a drafter that becomes useful is noticed.
+
+    The very first step is plain and nothing is learnt from it: the prefill's logits answer it, so
+    it costs no forward. Steps are counted from the one after it.
     """
 
     #: Steps of one width whose median is its cost.
@@ -79,19 +90,30 @@ class AdaptiveSchedule:
     PROBE_SHARE = 0.02
     #: Plain steps that probes may lose on top, mostly at the start.
     GRACE = 4
+    #: Share of its price that a free draft must bring while drafting is in profit: near break-even
+    #: the seconds hardly change, while more units per forward come out. In loss it is all of it.
+    LENIENCE = 0.45
+    #: Steps of each width that a later generation takes over.
+    CARRIED = 3
     #: Steps before the schedule may say that speculation does not pay.
     PATIENCE = 48
 
     def __init__(
-        self, max_width: int, remaining: Callable[[], int], *, is_free: bool = False
+        self,
+        max_width: int,
+        remaining: Callable[[], int],
+        *,
+        is_free: bool = False,
+        costs: Mapping[int, Sequence[float]] | None = None,
     ) -> None:
         """Starts optimistic.
 
         Args:
             max_width: Largest width, a bucket.
             remaining: Largest number of units that an active row may still get.
-            is_free: The drafter costs next to nothing and stays silent when it has no guess
-                (retrieval), so plain steps happen by themselves and are forced only if they do not.
+            is_free: The drafter costs next to nothing and heeds `Plan.prices` (retrieval), so it is
+                always asked for the most, and plain steps are forced only if they do not happen.
+            costs: Seconds of the steps of each width in an earlier generation of the same kind.
 
         Raises:
             ValueError: If ``max_width`` is out of range.
@@ -101,31 +123,47 @@ class AdaptiveSchedule:
         self._widths = [b for b in BUCKETS if 1 < b < max_width] + [max_width] * (max_width > 1)
         self._remaining = remaining
         self._is_free = is_free
-        self._costs: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=self.MEMORY))
+        #: Seconds of the latest steps of each width.
+        self.costs: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=self.MEMORY))
+        for width, seconds in list((costs or {}).items()):
+            self.costs[width].extend(list(seconds)[-self.CARRIED :])
         self._levels: dict[int, float] = {}
         self._tried = [0.0] * BUCKETS[-1]
         self._accepted = [0.0] * BUCKETS[-1]
         self._share_of_steps = 1.0  # of the steps that may draft, those with any draft
         self._share_of_rows = 1.0  # of the rows of those steps, those with a draft
+        self._has_begun = False
         self._steps = 0
         self._asked = 1
+        self._last_plain = 0
         self._elapsed_s = 0.0
+        self._units = 0.0  # per row
         self._lost_s = 0.0
         self._gain = 1.0  # of the best width over plain decoding
         self._warned = False
 
     def plan(self) -> Plan:
         """Returns the plan of the next step."""
+        if not self._has_begun:
+            return Plan(width=1)
         self._steps += 1
         self._asked = 1
         if self._widths and not self._is_plain_due():
             self._asked = _clamped(self._chosen_width(), self._remaining())
-        return Plan(width=self._asked, min_survival=self._min_survival())
+        return Plan(width=self._asked, prices=self._prices())
 
     def observe(self, record: StepRecord) -> None:
         """Learns the cost and the acceptance of a finished step."""
-        self._costs[record.width].append(record.wall_time_s)
-        self._elapsed_s += record.wall_time_s
+        if not self._has_begun:
+            self._has_begun = True
+            return
+        self.costs[record.width].append(record.wall_time_s)
+        # A compilation is no measure of the speed: what is usual for the width counts.
+        self._elapsed_s += min(record.wall_time_s, self._cost(record.width) or math.inf)
+        units = sum(record.num_emitted) / max(sum(record.was_active), 1)
+        self._units += units
+        if record.width == 1:
+            self._last_plain = self._steps
         if self._asked == 1:
             return
         num_drafting = sum(
@@ -142,42 +180,44 @@ class AdaptiveSchedule:
         self._count(record)
         plain, cost = self._cost(1), self._cost(record.width)
         if plain is not None and cost is not None:
-            units = sum(record.num_emitted) / sum(record.was_active)
-            self._lost_s = max(self._lost_s + cost - units * plain, 0.0)
+            lost_s = self._lost_s + cost - units * plain
+            # A free drafter's loss is one of its guesses; it may spend what the others gained.
+            self._lost_s = lost_s if self._is_free else max(lost_s, 0.0)
 
     def _is_plain_due(self) -> bool:
         if self._is_free:
-            return self._steps > self.GRACE and not self._costs[1]
+            wait = self.PLAIN_EVERY if len(self.costs[1]) > 1 else self.GRACE
+            is_slow = self._units < self.CLEAR_GAIN * self._steps
+            return is_slow and self._steps - self._last_plain > wait
         is_refresh = self._steps % self.PLAIN_EVERY == 2 and self._gain < self.CLEAR_GAIN
         return self._steps in (2, 3) or is_refresh
 
     def _chosen_width(self) -> int:
         plain = self._cost(1)
         if plain is None:
-            # A drafter that is silent without a guess is worth listening to from the start.
             return self._widths[-1 if self._is_free else min(2, len(self._widths) - 1)]
+        is_paid = self._lost_s <= self.GRACE * plain + self.PROBE_SHARE * self._elapsed_s
+        if self._is_free and is_paid:
+            return self._widths[-1]
         rates = {width: self._rate(width, plain) for width in self._widths}
         best = max(rates, key=lambda width: rates[width])
         self._gain = rates[best] * plain
-        if self._gain > 1.0:
+        if self._gain > 1.0 and not self._is_free:
             return best
-        self._warn_once(best, plain)
-        is_paid = self._lost_s <= self.GRACE * plain + self.PROBE_SHARE * self._elapsed_s
+        if self._gain <= 1.0:
+            self._warn_once(best, plain)
         return best if is_paid else 1
 
-    def _min_survival(self) -> float:
-        """How likely a draft must be to survive for its node to earn what it costs.
-
-        One more node costs the slope of the step's cost in its width; it must bring units at no
-        lower a rate than the step as a whole, so a node of survival ``a`` pays while
-        ``a / slope > units / cost``.
-        """
-        plain, widest = self._cost(1), max(self._costs, default=1)
-        cost = self._cost(widest)
-        if plain is None or cost is None or widest == 1:
-            return DEFAULT_MIN_SURVIVAL
-        slope = max(cost - plain, 0.0) / (widest - 1)
-        return min(max(slope * self._expected(widest) / cost, 0.01), 0.5)
+    def _prices(self) -> dict[int, float]:
+        """Units that wider steps must bring: what their time brings on average, or a share."""
+        plain = self._cost(1)
+        if not self._is_free or plain is None:
+            return {}
+        rate = (self._units + 1.0) / (self._elapsed_s + plain)
+        if self._lost_s <= 0.0:
+            rate *= self.LENIENCE
+        costs = {width: self._cost(width) or plain for width in self._widths}
+        return {width: rate * max(cost - plain, 0.0) for width, cost in costs.items()}
 
     def _rate(self, width: int, plain: float) -> float:
         """Units per second and row of a width, silent steps included."""
@@ -227,14 +267,14 @@ class AdaptiveSchedule:
         The first step of a width may hold a compilation, so it may lower the guess but not raise
         it, and of two the faster counts.
         """
-        samples = self._costs[width]
+        samples = self.costs[width]
         if len(samples) > 2:
             return statistics.median(samples)
         guess = self._guessed_cost(width) if len(samples) < 2 else None
         return min([*samples, *([guess] if guess is not None else [])], default=None)
 
     def _guessed_cost(self, width: int) -> float | None:
-        known = [w for w in sorted(self._costs) if w < width and self._costs[w]]
+        known = [w for w in sorted(self.costs) if w < width and self.costs[w]]
         if not known:
             return None
         nearest = self._cost(known[-1])
@@ -246,7 +286,7 @@ class AdaptiveSchedule:
             growth = math.log(nearest / narrower) / math.log(known[-1] / known[-2])
             power = min(max(growth, power), 1.0)
         # Nothing costs more than a wider step does.
-        wider = [min(self._costs[w]) for w in self._widths if w > width and len(self._costs[w]) > 1]
+        wider = [min(self.costs[w]) for w in self._widths if w > width and len(self.costs[w]) > 1]
         return min([nearest * (width / known[-1]) ** power, *wider])
 
     def _warn_once(self, width: int, plain: float) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,14 +23,16 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.adapters.kv_exchange import check_exchangeable, export_cache, import_cache
 from mmspec.adapters.lockstep import Lockstep, sort_criteria
-from mmspec.adapters.processors import Layout, law_from_processors
+from mmspec.adapters.processors import Layout, checked_stateless, law_from_processors
 from mmspec.cache import SlotCache
+from mmspec.checks import is_integer, require, require_generator, require_known
 from mmspec.drafters import TABLE, DrafterSpec, build_drafter, parse_spec
 from mmspec.engine import Engine
 from mmspec.forward import check_supported, text_device
+from mmspec.noise import row_keys
 from mmspec.records import Stats
 from mmspec.rows import TokenRows
-from mmspec.sampling import Law, row_keys
+from mmspec.sampling import Law
 from mmspec.schedule import AdaptiveSchedule, FixedSchedule
 from mmspec.tree import BUCKETS
 from mmspec.verify import RULES, build_rule
@@ -38,6 +41,11 @@ SCHEDULES = ("adaptive", "fixed")
 DEFAULT_WIDTH = 16
 #: A retrieved draft costs nothing more to be long, and copies are long.
 DEFAULT_WIDTHS = {"ngram": 32}
+
+#: Seconds of the latest steps, by model, then by rows and compilation, then by width.
+_STEP_COSTS: WeakKeyDictionary[Any, dict[tuple[int, bool], Mapping[int, Sequence[float]]]] = (
+    WeakKeyDictionary()
+)
 
 #: Rules that ask something of the drafts; rules not named here take any drafter.
 RULE_DRAFTERS = {
@@ -85,8 +93,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuses unknown names, and rules that do not fit the drafter."""
         name, options = parse_spec(self.drafter)
-        if self.rule not in RULES:
-            raise ValueError(f"unknown rule {self.rule!r}; known: {', '.join(sorted(RULES))}")
+        require_known("rule", self.rule, sorted(RULES))
         fitting = RULE_DRAFTERS.get(self.rule, (name,))
         if name not in fitting:
             raise ValueError(
@@ -94,15 +101,12 @@ class Settings:
             )
         if self.rule == "block" and options.get("branching", 1) != 1:
             raise ValueError(f"rule 'block' needs chains; got branching={options['branching']}")
-        if self.schedule is not None and self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"unknown schedule {self.schedule!r}; known: {', '.join(sorted(SCHEDULES))}"
-            )
-        is_count = isinstance(self.width, int) and not isinstance(self.width, bool)
-        if self.width is not None and not (is_count and 1 <= self.width <= BUCKETS[-1]):
-            raise ValueError(
-                f"width must be None or between 1 and {BUCKETS[-1]}, got {self.width!r}"
-            )
+        if self.schedule is not None:
+            require_known("schedule", self.schedule, SCHEDULES)
+        is_width = is_integer(self.width) and 1 <= self.width <= BUCKETS[-1]
+        rule = f"None or between 1 and {BUCKETS[-1]}"
+        require(self.width is None or is_width, "width", rule, self.width)
+        require(isinstance(self.compile, bool), "compile", "True or False", self.compile)
 
     @property
     def max_width(self) -> int:
@@ -110,6 +114,14 @@ class Settings:
         if self.width is not None:
             return self.width
         return DEFAULT_WIDTHS.get(parse_spec(self.drafter)[0], DEFAULT_WIDTH)
+
+    @property
+    def fitting_drafter(self) -> DrafterSpec:
+        """The drafter, held to chains where the rule needs them."""
+        name, options = parse_spec(self.drafter)
+        if self.rule == "block" and name == "ngram":
+            return {"name": name, **options, "branching": 1}
+        return self.drafter
 
 
 def build_engine(
@@ -137,7 +149,7 @@ def build_engine(
     """
     target = CausalTarget(model, rows, compile=settings.compile, cache=cache, num_cached=num_cached)
     drafter = build_drafter(
-        settings.drafter,
+        settings.fitting_drafter,
         target=target,
         rows=rows,
         law=law,
@@ -145,10 +157,10 @@ def build_engine(
         shared_noise=settings.rule == "exact",
     )
     rule: Any = build_rule(settings.rule, law, rows)
-    return Engine(target, drafter, rule, _schedule(settings, drafter, rows))
+    return Engine(target, drafter, rule, _schedule(model, settings, drafter, rows))
 
 
-def _schedule(settings: Settings, drafter: Any, rows: TokenRows) -> Any:
+def _schedule(model: Any, settings: Settings, drafter: Any, rows: TokenRows) -> Any:
     width = 1 if drafter.name == "none" else settings.max_width
 
     def remaining() -> int:
@@ -159,7 +171,13 @@ def _schedule(settings: Settings, drafter: Any, rows: TokenRows) -> Any:
     )
     if is_fixed or width == 1:
         return FixedSchedule(width, remaining)
-    return AdaptiveSchedule(width, remaining, is_free=getattr(drafter, "is_free", False))
+    if not getattr(drafter, "is_free", False):
+        return AdaptiveSchedule(width, remaining)
+    # What a step of a width costs then depends on the model alone: later calls start from it.
+    known, key = _STEP_COSTS.setdefault(model, {}), (rows.num_rows, settings.compile)
+    schedule = AdaptiveSchedule(width, remaining, is_free=True, costs=known.get(key))
+    known[key] = schedule.costs
+    return schedule
 
 
 def speculate(
@@ -212,7 +230,8 @@ def speculate(
         in `generate` itself. Pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
     """
     settings = Settings(drafter=drafter, rule=rule, width=width, schedule=schedule, compile=compile)
-    return Speculation(settings, generator, tuple(stateless_processors))
+    require_generator(generator)
+    return Speculation(settings, generator, checked_stateless(stateless_processors))
 
 
 class Speculation:
@@ -412,6 +431,6 @@ def _exported(past: Any, target: Any, is_token_BC: Tensor) -> DynamicCache:
         # A row that ended in the last step has its last token not cached yet.
         host_cached = [len(tokens) - 1 for tokens in rows.host_tokens]
         last = {"input_ids": rows.roots_B()[:, None]}
-        target.forward.prefill(last, rows.lengths_B - 1, host_cached)
+        target.forward.extend(last, host_cached, [1] * rows.num_rows)
     export_cache(target.forward.cache, past, is_token_BC.to(rows.lengths_B.device))
     return past

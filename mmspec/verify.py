@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmspec import tree
+from mmspec.noise import Salt, gumbel, uniform
 from mmspec.records import Guarantee, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.sampling import Law, Salt, gumbel, sample, uniform
+from mmspec.sampling import Law, sample
 
 # Below this mass a residual is rounding error and the target's own law is used instead.
 MIN_RESIDUAL = 1e-8
@@ -42,7 +43,7 @@ class SeededMatch:
         law_logits = self.law(scores.logits_BNV, self.rows.context(proposal, scores.positions_BN))
         noise = None
         if not self.law.is_greedy:
-            noise = node_noise(self.rows, proposal, scores, law_logits.shape[-1])
+            noise = node_noise(self.rows, proposal, law_logits.shape[-1])
         return _walked(proposal, sample(law_logits, noise), law_logits)
 
 
@@ -71,11 +72,11 @@ class SpeculativeSampling:
         if proposal.draft_probs_BNV is None or self.law.is_greedy:
             noise = None
             if not self.law.is_greedy:
-                noise = node_noise(self.rows, proposal, scores, vocab_size)
+                noise = node_noise(self.rows, proposal, vocab_size)
             return sample(law_logits, noise)
         target_probs = law_logits.softmax(-1)
         draft_probs = proposal.draft_probs_BNV.to(target_probs.dtype)
-        noise = node_noise(self.rows, proposal, scores, vocab_size, Salt.RESIDUAL)
+        noise = node_noise(self.rows, proposal, vocab_size, Salt.RESIDUAL)
         next_BN = scores.positions_BN + 1
         children_BNK = children_of(proposal)
         num_tries = children_BNK.shape[-1]
@@ -118,7 +119,7 @@ class IndependentRedraft(SpeculativeSampling):
         if self.law.is_greedy:
             return verdict
         law_logits = verdict.law_logits_BNV
-        noise = node_noise(self.rows, proposal, scores, law_logits.shape[-1], Salt.DRAFT)
+        noise = node_noise(self.rows, proposal, law_logits.shape[-1], Salt.DRAFT)
         is_behind = proposal.depth_BN > verdict.num_accepted_B[:, None]
         choices = torch.where(is_behind, sample(law_logits, noise), verdict.choices_BN)
         return Verdict(
@@ -154,11 +155,11 @@ class BlockVerification:
         if proposal.draft_probs_BNV is None or self.law.is_greedy:
             noise = None
             if not self.law.is_greedy:
-                noise = node_noise(self.rows, proposal, scores, law_logits.shape[-1])
+                noise = node_noise(self.rows, proposal, law_logits.shape[-1])
             return _walked(proposal, sample(law_logits, noise), law_logits)
         next_BN = scores.positions_BN + 1
         tests = uniform(self.rows.keys_B, next_BN, Salt.BLOCK, self.rows.step)
-        noise = node_noise(self.rows, proposal, scores, law_logits.shape[-1], Salt.RESIDUAL)
+        noise = node_noise(self.rows, proposal, law_logits.shape[-1], Salt.RESIDUAL)
         emitted_BN, num_accepted_B = block_choices(
             law_logits.softmax(-1),
             proposal.draft_probs_BNV.to(law_logits.dtype),
@@ -205,20 +206,23 @@ def build_rule(
 
 
 def node_noise(
-    rows: TokenRows, proposal: Proposal, scores: Scores, vocab_size: int, salt: int = Salt.CHOICE
+    rows: TokenRows, proposal: Proposal, vocab_size: int, salt: int = Salt.CHOICE
 ) -> Float[Tensor, "B N V"]:
     """Gumbel noise of the token after each node.
 
     The choice itself (`Salt.CHOICE`) depends on nothing but row and position. The other salts are
     for tests that may be repeated at a position, so the step is mixed in to keep them fresh.
     """
-    step = 0 if salt == Salt.CHOICE else rows.step
-    if proposal.is_chain:
-        return gumbel(rows.keys_B, scores.positions_BN + 1, vocab_size, salt, step)
     # Nodes of one depth share their position, hence their noise: it is made once per depth.
-    span = torch.arange(proposal.width, device=rows.lengths_B.device)
-    noise = gumbel(rows.keys_B, rows.lengths_B[:, None] + span, vocab_size, salt, step)
-    return noise.gather(1, proposal.depth_BN[..., None].expand(-1, -1, vocab_size))
+    if salt == Salt.CHOICE:
+        noise = rows.choice_noise(proposal.width, vocab_size)
+    else:
+        span = torch.arange(proposal.width, device=rows.lengths_B.device)
+        noise = gumbel(rows.keys_B, rows.lengths_B[:, None] + span, vocab_size, salt, rows.step)
+    if proposal.is_chain:
+        return noise
+    row_B1 = torch.arange(rows.num_rows, device=noise.device)[:, None]
+    return noise[row_B1, proposal.depth_BN]
 
 
 def children_of(proposal: Proposal) -> Int[Tensor, "B N K"]:

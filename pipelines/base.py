@@ -1,14 +1,16 @@
 """What all pipelines share: devices, progress bars, interruption, checks of arguments."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from mmspec.checks import is_integer, is_number, require
 from mmspec.forward import text_device
 from mmspec.records import Outcome, StepRecord
+from mmspec.tree import BUCKETS
 
 StepEnd = Callable[[Any, int, dict[str, Any]], bool | None]
 
@@ -84,26 +86,46 @@ def check_callback(on_step_end: StepEnd | None) -> None:
         ) from error
 
 
-def as_list(prompt: str | Sequence[str]) -> list[str]:
+def as_list(prompt: str | Iterable[str]) -> list[str]:
     """One prompt or many as a list.
 
     Raises:
         ValueError: If there is none, or one is empty or not a string.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    is_one = isinstance(prompt, str) or not isinstance(prompt, Iterable)
+    prompts: list[Any] = [prompt] if is_one else list(prompt)
     if not prompts:
         raise ValueError("at least one prompt is needed, got an empty list")
     for index, text in enumerate(prompts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"prompt {index} must be a non-empty string, got {text!r}")
+        is_good = isinstance(text, str) and text.strip() != ""
+        require(is_good, f"prompt {index}", "a non-empty string", text)
     return prompts
 
 
-def check_positive(name: str, value: int) -> None:
-    """Refuses counts below 1.
+def check_positive(name: str, value: object) -> None:
+    """Refuses what is no count of at least 1.
 
     Raises:
         ValueError: With the name and the value.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    require(is_integer(value) and value >= 1, name, "an integer >= 1", value)
+
+
+def check_window(window: object) -> None:
+    """Refuses what is neither None nor a width that a step can have.
+
+    Raises:
+        ValueError: With the value.
+    """
+    is_good = window is None or (is_integer(window) and 1 <= window <= BUCKETS[-1])
+    require(is_good, "window", f"None or between 1 and {BUCKETS[-1]}", window)
+
+
+def check_guidance(guidance_scale: object) -> None:
+    """Refuses what is no scale of classifier-free guidance.
+
+    Raises:
+        ValueError: With the value.
+    """
+    is_good = is_number(guidance_scale) and guidance_scale >= 0
+    require(is_good, "guidance_scale", "a finite number >= 0", guidance_scale)

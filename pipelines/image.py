@@ -13,19 +13,24 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 from mmspec.adapters.token_image import TokenImageTarget, image_family
 from mmspec.assets import bundled_path
+from mmspec.checks import require, require_known
 from mmspec.drafters import build_drafter
 from mmspec.drafters.jacobi import default_window
 from mmspec.engine import Engine
+from mmspec.law_config import LawConfig
+from mmspec.noise import row_keys
 from mmspec.pipelines.base import (
     SpeculativePipeline,
     StepEnd,
     as_list,
     check_callback,
+    check_guidance,
     check_positive,
+    check_window,
 )
 from mmspec.records import Generation, Stats
 from mmspec.rows import TokenRows
-from mmspec.sampling import Law, LawConfig, build_law, row_keys
+from mmspec.sampling import Law, build_law
 from mmspec.schedule import FixedSchedule
 from mmspec.verify import build_rule
 
@@ -154,6 +159,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         check_callback(callback_on_step_end)
+        check_window(window)
+        check_guidance(guidance_scale)
+        require(isinstance(compile, bool), "compile", "True or False", compile)
         law = build_law(LawConfig(temperature=temperature, top_k=top_k, top_p=top_p))
         width = window
         if width is None:
@@ -243,8 +251,7 @@ def _count(num_images_per_prompt: int) -> int:
 
 
 def _rule_of(decoder: str) -> str:
-    if decoder not in DECODERS:
-        raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
+    require_known("decoder", decoder, DECODERS)
     return DECODERS[decoder]
 
 

@@ -1,6 +1,6 @@
 """Text to text with any causal language model of transformers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmspec.adapters.smollm2 import SMOLLM2_IDS, load_smollm2
 from mmspec.cache import SlotCache
+from mmspec.checks import is_integer, is_list, require, require_known
 from mmspec.drafters import DrafterSpec
 from mmspec.engine import Engine, StepCallback
+from mmspec.law_config import LawConfig
+from mmspec.noise import row_keys
 from mmspec.pipelines.base import (
     SpeculativePipeline,
     StepEnd,
@@ -21,8 +24,9 @@ from mmspec.pipelines.base import (
 )
 from mmspec.records import Outcome, Stats, StepRecord
 from mmspec.rows import TokenRows
-from mmspec.sampling import LawConfig, build_law, row_keys
+from mmspec.sampling import build_law
 from mmspec.speculation import Settings, build_engine
+from mmspec.stop_strings import StopStrings
 
 #: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
 DECODERS = {
@@ -227,8 +231,7 @@ class SpeculativeTextPipeline(SpeculativePipeline):
         check_positive("max_new_tokens", max_new_tokens)
         check_callback(callback_on_step_end)
         prompts = [self._encode(one, index) for index, one in enumerate(_as_requests(prompt))]
-        if streamer is not None and len(prompts) > 1:
-            raise ValueError(f"a streamer shows one row, got {len(prompts)} prompts")
+        _check_streamer(streamer, len(prompts))
         ends = self._eos_token_ids()
         law = build_law(
             LawConfig(
@@ -243,7 +246,7 @@ class SpeculativeTextPipeline(SpeculativePipeline):
                 eos_token_ids=ends,
             )
         )
-        stops = _StopStrings(self.tokenizer, stop)
+        stops = StopStrings(self.tokenizer, stop)
         rows = TokenRows(
             prompts,
             max_new_tokens=[max_new_tokens] * len(prompts),
@@ -279,8 +282,7 @@ class SpeculativeTextPipeline(SpeculativePipeline):
     def _settings(
         self, decoder: str, drafter: DrafterSpec, width: int | None, compile: bool
     ) -> Settings:
-        if decoder not in DECODERS:
-            raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
+        require_known("decoder", decoder, DECODERS)
         drafter = self.drafter if drafter is None else drafter
         settings = Settings(
             drafter=drafter,
@@ -298,8 +300,6 @@ class SpeculativeTextPipeline(SpeculativePipeline):
         if isinstance(prompt, Tensor):
             ids = prompt.tolist()
         elif isinstance(prompt, str):
-            if not prompt:
-                raise ValueError(f"prompt {index} is empty; a row needs at least one token")
             ids = self.tokenizer(prompt)["input_ids"]
         else:
             if getattr(self.tokenizer, "chat_template", None) is None:
@@ -313,11 +313,14 @@ class SpeculativeTextPipeline(SpeculativePipeline):
                 tokenize=True,
                 return_dict=True,
             )["input_ids"]
+        self._check_tokens(f"prompt {index}", ids)
+        return ids
+
+    def _check_tokens(self, name: str, ids: Iterable[int]) -> None:
         vocab_size = self.model.get_input_embeddings().weight.shape[0]
         foreign = sorted({token for token in ids if not 0 <= token < vocab_size})
         if foreign:
-            raise ValueError(f"prompt {index} has token ids outside 0..{vocab_size - 1}: {foreign}")
-        return ids
+            raise ValueError(f"{name} has token ids outside 0..{vocab_size - 1}: {foreign}")
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         config = getattr(self.model, "generation_config", None)
@@ -328,9 +331,10 @@ class SpeculativeTextPipeline(SpeculativePipeline):
             return ()
         return (ends,) if isinstance(ends, int) else tuple(ends)
 
-    def _bad_words(self, words: Sequence[str | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        if isinstance(words, str):
-            raise ValueError(f"bad_words must be a list of words, got the string {words!r}")
+    def _bad_words(self, words: Any) -> tuple[tuple[int, ...], ...]:
+        rule = "a list of words, as texts or lists of token ids"
+        is_word = lambda word: isinstance(word, str) or is_list(word, is_integer)  # noqa: E731
+        require(is_list(words, is_word), "bad_words", rule, words)
         sequences: list[tuple[int, ...]] = []
         for word in words:
             texts = (word, f" {word}") if isinstance(word, str) else ()
@@ -339,6 +343,7 @@ class SpeculativeTextPipeline(SpeculativePipeline):
             ]
             if not isinstance(word, str):
                 sequences.append(tuple(word))
+        self._check_tokens("bad_words", (token for word in sequences for token in word))
         return tuple(dict.fromkeys(sequences))
 
     def _decode(self, tokens: list[int]) -> str:
@@ -348,6 +353,7 @@ class SpeculativeTextPipeline(SpeculativePipeline):
         """Tokens of each prompt that need not be read again; the last one always is."""
         if cache is None:
             return None
+        require(isinstance(cache, TextCache), "cache", "None or an earlier output's cache", cache)
         if cache.model is not self.model:
             raise ValueError("cache was made by another model than this pipeline's")
         if len(cache.tokens) != len(prompts):
@@ -373,62 +379,46 @@ class SpeculativeTextPipeline(SpeculativePipeline):
         return cache
 
 
-class _StopStrings:
-    """Ends a row with the first token that completes one of some texts."""
-
-    def __init__(self, tokenizer: Any, stop: str | Sequence[str]) -> None:
-        self.texts = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in self.texts):
-            raise ValueError(f"stop must be non-empty strings, got {stop!r}")
-        self._tokenizer = tokenizer
-        self._num_checked: dict[int, int] = {}
-
-    def check(self, row: int, new_tokens: list[int]) -> int | None:
-        """As `mmspec.rows.StopCheck`."""
-        first = self._num_checked.get(row, 0) + 1
-        self._num_checked[row] = len(new_tokens)
-        if not self._is_in(new_tokens):
-            return None
-        for count in range(first, len(new_tokens)):
-            if self._is_in(new_tokens[:count]):
-                return count
-        return len(new_tokens)
-
-    def cut(self, text: str) -> str:
-        """The text before the first stop string."""
-        places = [text.find(stop) for stop in self.texts]
-        return text[: min((place for place in places if place >= 0), default=len(text))]
-
-    def _is_in(self, tokens: list[int]) -> bool:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=False)
-        return any(stop in text for stop in self.texts)
-
-
-def _as_requests(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_requests(prompt: Any) -> list[Prompt]:
     """One prompt or many as a list of prompts.
 
     Raises:
         ValueError: If there is none, or one is neither a text, nor messages, nor token ids.
     """
-    if isinstance(prompt, str | Tensor):
-        prompts: list[Any] = [prompt]
-    else:
-        prompts = list(prompt)
-        if prompts and all(isinstance(entry, Mapping) for entry in prompts):
-            prompts = [prompts]
+    is_one = isinstance(prompt, str | Tensor | Mapping) or not isinstance(prompt, Iterable)
+    prompts = [prompt] if is_one else list(prompt)
+    if not is_one and prompts and all(isinstance(message, Mapping) for message in prompts):
+        prompts = [prompts]
     if not prompts:
         raise ValueError("at least one prompt is needed, got an empty list")
     for index, one in enumerate(prompts):
-        is_ids = isinstance(one, Tensor) and one.ndim == 1 and not one.is_floating_point()
-        is_chat = isinstance(one, Sequence) and all(
-            isinstance(message, Mapping) and "role" in message for message in one
+        require(
+            _is_request(one),
+            f"prompt {index}",
+            "a non-empty text, list of messages with a 'role', or 1-D tensor of token ids",
+            one,
         )
-        if not len(one) or not (isinstance(one, str) or is_ids or is_chat):
-            raise ValueError(
-                f"prompt {index} must be a non-empty text, list of messages with a 'role', or 1-D "
-                f"tensor of token ids; got {one!r}"
-            )
     return prompts
+
+
+def _is_request(prompt: Any) -> bool:
+    if isinstance(prompt, Tensor):
+        is_ids = prompt.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        return prompt.ndim == 1 and is_ids and len(prompt) > 0
+    if isinstance(prompt, str):
+        return prompt != ""
+    return (
+        isinstance(prompt, Sequence)
+        and len(prompt) > 0
+        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
+    )
+
+
+def _check_streamer(streamer: Any, num_rows: int) -> None:
+    is_good = streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end"))
+    require(is_good, "streamer", "None or an object with put and end", streamer)
+    if streamer is not None and num_rows > 1:
+        raise ValueError(f"a streamer shows one row, got {num_rows} prompts")
 
 
 def _streaming(after_step: StepCallback, streamer: Any, prompts: list[list[int]]) -> StepCallback:

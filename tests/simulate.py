@@ -3,7 +3,9 @@
 import random
 from dataclasses import dataclass
 
-from mmspec.records import StepRecord
+from mmspec.drafters.ngram import DEFAULT_NODE_PRICE
+from mmspec.records import Plan, StepRecord
+from mmspec.tree import BUCKETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,7 @@ class World:
         verify: Seconds of a target forward of a width.
         draft: Seconds to draft for a width.
         noise: Relative spread of every time.
-        silent: Chance that the drafter has no guess (retrieval).
+        silent: Chance that the drafter has no guess (retrieval); such a drafter heeds prices.
     """
 
     accept: tuple[float, ...]
@@ -33,6 +35,22 @@ class World:
             low, high = max(below), min(above)
             base += (self.verify[high] - base) * (width - low) / (high - low)
         return base
+
+    def chosen_width(self, plan: Plan) -> int:
+        """What a drafter makes of a plan: retrieval drafts what pays, others what is asked for."""
+        if not self.silent:
+            return plan.width
+        widths = [b for b in BUCKETS if 1 < b < plan.width] + [plan.width] * (plan.width > 1)
+
+        def gain(width: int) -> float:
+            price = plan.prices.get(width, DEFAULT_NODE_PRICE * (width - 1))
+            survival, total = 1.0, 0.0
+            for depth in range(width - 1):
+                survival *= self.accept[min(depth, len(self.accept) - 1)]
+                total += survival
+            return total - price
+
+        return max([1, *widths], key=lambda width: gain(width) if width > 1 else 0.0)
 
     def step(self, width: int, rng: random.Random, index: int = 0) -> StepRecord:
         drafted = 0 if width > 1 and rng.random() < self.silent else width - 1
@@ -77,7 +95,7 @@ def generate(schedule, world: World, num_units: int, seed: int = 0, remaining=No
     while tally.units < num_units:
         if remaining is not None:
             remaining[0] = num_units - tally.units
-        record = world.step(schedule.plan().width, rng, tally.steps)
+        record = world.step(world.chosen_width(schedule.plan()), rng, tally.steps)
         schedule.observe(record)
         tally.units += record.num_emitted[0]
         tally.seconds += record.wall_time_s

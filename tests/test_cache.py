@@ -10,7 +10,7 @@ from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.cache import SlotCache, slot_mask
 from mmspec.drafters.plain import root_only
 from mmspec.forward import check_supported
-from mmspec.sampling import LawConfig
+from mmspec.law_config import LawConfig
 from mmspec.tree import ancestors, pack_trees
 
 #: Windows are far shorter than the outputs, so that every step crosses them.
@@ -126,6 +126,73 @@ def test_mask_of_ragged_rows_by_hand():
         [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
         [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]],
     ]
+
+
+# --------------------------------------------------------------------------- roll-back
+
+
+def wrong_drafts(tokens_of_row, num_right, is_tree, noise):
+    """Drafts that are right in their first levels and wrong elsewhere, ``noise`` says how."""
+
+    def make(rows, width, generator):
+        del generator
+        random = torch.Generator().manual_seed(1000 * noise + rows.step)
+        tokens, parents = [], []
+        for row in range(rows.num_rows):
+            ahead = tokens_of_row[row][len(rows.new_tokens(row)) :][: (width - 1) // (1 + is_tree)]
+            row_tokens, row_parents, last = [], [], -1
+            for level, right in enumerate(ahead):
+                others = (right + torch.randint(1, VOCAB, (2,), generator=random)) % VOCAB
+                nodes = [right if level < num_right else int(others[0])]
+                if is_tree:  # what is accepted is never the first child, so it has to be moved
+                    nodes.insert(0, int(others[1]))
+                row_tokens += nodes
+                row_parents += [last] * len(nodes)
+                last = len(row_tokens) - 1
+            tokens.append(row_tokens)
+            parents.append(row_parents)
+        return pack_trees(tokens, parents, rows.roots_B(), VOCAB, width)
+
+    return make
+
+
+def trace(model, make):
+    """After every step: the logits behind the root, and the keys and values of each row."""
+    rows = make_rows(PROMPTS, BUDGETS)
+    engine = make_engine(rows, model, lambda *_: Liar(rows, make), width=7)
+    scores, score = [], engine.target.score
+    engine.target.score = lambda proposal: scores.append(score(proposal)) or scores[-1]
+    steps = []
+    for _ in engine.stream():
+        cached = [b.clone() for b in buffers(engine.target.forward.cache)]
+        steps.append((scores[-1].logits_BNV[:, 0], cached, [len(t) for t in rows.host_tokens]))
+    return steps, engine.ledger.generation()
+
+
+@pytest.mark.parametrize("is_tree", [False, True])
+@pytest.mark.parametrize("num_right", [0, 2])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_rejected_draft_leaves_no_bit_behind(family, attention, num_right, is_tree):
+    """Two runs of the same shapes that saw different wrong drafts are equal bit for bit."""
+    model = family_model(family, attention)
+    keys = make_rows(PROMPTS, BUDGETS).keys_B
+    greedy = LawConfig(temperature=0.0)
+    right = [reference(model, *row, greedy) for row in zip(PROMPTS, BUDGETS, keys, strict=True)]
+    one, made = trace(model, wrong_drafts(right, num_right, is_tree, noise=1))
+    two, other = trace(model, wrong_drafts(right, num_right, is_tree, noise=2))
+    assert made.units == other.units == tuple(right)
+    assert (made.stats.num_accepted > 0) == (num_right > 0)
+    assert made.stats.num_accepted < made.stats.num_drafted
+    saw_other_drafts = False
+    for (logits, cached, lengths), (wanted, others, wanted_lengths) in zip(one, two, strict=True):
+        assert torch.equal(logits, wanted)
+        assert lengths == wanted_lengths
+        for ours, theirs in zip(cached, others, strict=True):
+            for row, length in enumerate(lengths):
+                assert torch.equal(ours[row, :, : length - 1], theirs[row, :, : length - 1])
+            saw_other_drafts |= not torch.equal(ours, theirs)
+    assert saw_other_drafts
 
 
 # --------------------------------------------------------------------------- the cache alone

@@ -8,8 +8,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmspec import forward, verify
 from mmspec.cache import slot_mask
+from mmspec.law_config import LawConfig
+from mmspec.noise import Salt, gumbel, row_keys, uniform
 from mmspec.records import Scores
-from mmspec.sampling import LawConfig, Salt, build_law, gumbel, row_keys, sample, uniform
+from mmspec.sampling import build_law, sample
 from mmspec.tree import ancestors, pack_chain, pack_trees, walk
 from mmspec.verify import build_rule
 
@@ -72,19 +74,27 @@ def test_uniforms_under_inductor():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="inductor's fused CPU kernel of the Gumbel is wrong (torch 2.14)")
-def test_choices_under_inductor():
-    """Generated code may round a Gumbel differently in its last bit; the choice must not move.
+@pytest.mark.parametrize("vocab_size", [1, 7, 16, 17, 50, 61, 104, 130, 1000])
+def test_gumbels_under_inductor(vocab_size):
+    """Generated code may round a Gumbel differently in its last bits; the choice must not move.
 
-    Each half is right alone (the hash to uniforms, the two logarithms); fused they are not. Nothing
-    in mmspec compiles the noise with inductor: the engine compiles the target's forward only.
+    Sizes with a rest behind several full vectors were wrong from the second vector on (50: 68 %,
+    61: 74 % of the values): ``arange(V) * constant`` became one strided range, whose lanes
+    `Vectorized<int32_t>::arange` of torch 2.14 computes as ``base + 15 * step``. That overflows,
+    and g++ may take it that it never does (with ``-fwrapv`` the values are right).
     """
     keys = row_keys(torch.Generator().manual_seed(0), 3)
-    at = torch.arange(500).expand(3, -1)
-    law = torch.randn(3, 500, 50)
-    same_when_compiled(
-        lambda k, p, law: sample(law, gumbel(k, p, 50)), keys, at, law, backend="inductor"
-    )
+    at = torch.arange(20).expand(3, -1)
+    law = torch.randn(3, 20, vocab_size)
+
+    def noise_and_choice(keys, at, law):
+        noise = gumbel(keys, at, vocab_size)
+        return noise, sample(law, noise)
+
+    noise, choice = torch.compile(noise_and_choice, fullgraph=True)(keys, at, law)
+    wanted, wanted_choice = noise_and_choice(keys, at, law)
+    torch.testing.assert_close(noise, wanted)
+    assert torch.equal(choice, wanted_choice)
 
 
 def test_every_stage_of_a_law():
@@ -149,6 +159,9 @@ def test_a_compiled_target_is_compiled_once_per_width(drafter, monkeypatch):
     engine = make_engine(make_rows(PROMPTS, budgets), model, drafter, compile=True)
     warm, widths = None, set()
     for record, _ in engine.stream():
+        if record.index == 0:  # answered by the prefill, which is not compiled
+            assert counter.frame_count == 0
+            continue
         if record.width not in widths:
             widths.add(record.width)
             warm = counter.frame_count

@@ -9,8 +9,10 @@ from tiny import VOCAB, make_engine, make_rows, tiny_model
 from toys import TableDrafter, chi_square_p, joint_law, random_table, run_toy
 
 from mmspec.drafters.plain import root_only
+from mmspec.law_config import LawConfig
+from mmspec.noise import gumbel
 from mmspec.records import Proposal
-from mmspec.sampling import LawConfig, LawContext, build_law, gumbel
+from mmspec.sampling import LawContext, build_law
 from mmspec.tree import pack_chain, pack_trees
 
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11], [3]]

@@ -1,6 +1,8 @@
 """The adaptive schedule in scripted worlds: wide where it pays, plain where it does not."""
 
+import dataclasses
 import logging
+import random
 
 import pytest
 from simulate import World, generate
@@ -82,8 +84,6 @@ def test_one_slow_first_step_of_a_width_is_forgiven():
     """With torch.compile the first step of every width holds a compilation."""
     world = World(accept=(0.9,), verify=FLAT, noise=0.0)
     schedule, seen, tally = adaptive(world), set(), []
-    import random
-
     rng = random.Random(0)
     for _ in range(200):
         record = world.step(schedule.plan().width, rng)
@@ -178,10 +178,103 @@ def test_a_drafter_that_is_never_silent_gets_its_plain_steps_too():
     world = World(accept=(0.05,), verify=LINEAR)
     schedule = AdaptiveSchedule(64, endless, is_free=True)
     widths = []
-    import random
-
     rng = random.Random(0)
     for _ in range(100):
         widths.append(schedule.plan().width)
         schedule.observe(world.step(widths[-1], rng))
     assert widths[50:].count(1) > 40
+
+
+@pytest.mark.parametrize("make", [FixedSchedule, AdaptiveSchedule])
+def test_the_first_step_is_plain_until_it_was_made(make):
+    schedule = make(16, endless)
+    assert [schedule.plan().width for _ in range(3)] == [1, 1, 1]
+    schedule.observe(USEFUL["great"].step(1, random.Random(0)))
+    assert schedule.plan().width > 1
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+@pytest.mark.parametrize("first_s", [0.0, 1e-9, 1e6])
+def test_nothing_is_learnt_from_the_first_step(first_s, is_free):
+    """The prefill answers it, so its seconds are not those of a plain step."""
+
+    def widths(free_s):
+        schedule, rng = AdaptiveSchedule(32, endless, is_free=is_free), random.Random(1)
+        planned = []
+        for index in range(300):
+            planned.append(schedule.plan().width)
+            world = USELESS["poor"] if index % 100 < 50 else USEFUL["decaying"]
+            record = world.step(planned[-1], rng, index)
+            if index == 0:
+                record = dataclasses.replace(record, verify_time_s=free_s)
+            schedule.observe(record)
+        return planned
+
+    assert widths(first_s) == widths(1.0)
+    # Behind the free step it begins as ever: one step with drafts, then two plain ones to time.
+    if not is_free:
+        assert [width > 1 for width in widths(first_s)[:5]] == [False, True, False, False, True]
+
+
+def record(width, seconds, accepted=0):
+    return StepRecord(
+        index=0,
+        width=width,
+        num_drafted=(width - 1,),
+        num_levels=(width - 1,),
+        num_accepted=(accepted,),
+        num_emitted=(accepted + 1,),
+        was_active=(True,),
+        draft_time_s=0.0,
+        verify_time_s=seconds,
+        other_time_s=0.0,
+    )
+
+
+def free_schedule(costs=None):
+    schedule = AdaptiveSchedule(16, endless, is_free=True, costs=costs)
+    schedule.observe(record(1, 0.0))  # the step that the prefill answers
+    return schedule
+
+
+def test_a_free_drafter_is_told_what_its_drafts_must_bring():
+    costs = {1: [1.0] * 3, 2: [1.0] * 3, 4: [1.5] * 3, 8: [2.0] * 3, 16: [3.0] * 3}
+    schedule = free_schedule(costs)
+    plan = schedule.plan()
+    assert plan.width == 16
+    # Nothing is lost yet, so a share of the price will do; the rate starts as that of plain steps.
+    assert plan.prices == pytest.approx(
+        {2: 0.0, 4: 0.5 * schedule.LENIENCE, 8: schedule.LENIENCE, 16: 2 * schedule.LENIENCE}
+    )
+    schedule.observe(record(8, 2.0))
+    # One plain step is lost; two units came in three seconds, the one that it starts with included.
+    assert schedule.plan().prices[8] == pytest.approx(2 / 3)
+
+
+def test_other_drafters_are_told_no_prices():
+    schedule = AdaptiveSchedule(16, endless, costs={1: [1.0] * 3, 16: [3.0] * 3})
+    schedule.observe(record(1, 0.0))
+    assert schedule.plan().prices == {}
+
+
+def test_a_free_drafter_is_made_plain_once_unless_it_gains_much():
+    slow, fast = free_schedule(), free_schedule()
+    slow_widths, fast_widths = [], []
+    for _ in range(40):
+        for schedule, widths, accepted in ((slow, slow_widths, 1), (fast, fast_widths, 7)):
+            width = schedule.plan().width
+            widths.append(width)
+            took = record(width, 1 + 0.01 * width, accepted if width > 1 else 0)
+            schedule.observe(took)
+    assert slow_widths.count(1) == 2
+    assert fast_widths.count(1) == 0
+
+
+def test_costs_are_carried_over_but_soon_replaced():
+    schedule = free_schedule({1: [9.0] * 9, 16: [9.0] * 9})
+    for _ in range(4):
+        schedule.plan()
+        schedule.observe(record(16, 1.0))
+    assert schedule.plan().prices[16] == 0.0
+    assert list(schedule.costs[1]) == [9.0] * 3
+    assert list(schedule.costs[16]) == [9.0] * 3 + [1.0] * 4

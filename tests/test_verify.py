@@ -15,8 +15,9 @@ from toys import (
 from mmspec import verify
 from mmspec.drafters.jacobi import JacobiDrafter
 from mmspec.drafters.plain import PlainDrafter
+from mmspec.law_config import LawConfig
 from mmspec.records import Guarantee, Proposal, Scores
-from mmspec.sampling import LawConfig, LawContext, build_law
+from mmspec.sampling import LawContext, build_law
 from mmspec.tree import pack_chain, pack_trees
 from mmspec.verify import BlockVerification, block_choices, build_rule, residual_choices
 

@@ -8,8 +8,10 @@ from mmspec.drafters.jacobi import JacobiDrafter
 from mmspec.drafters.model import EarlyExitDrafter, ModelDrafter
 from mmspec.drafters.plain import PlainDrafter
 from mmspec.engine import Engine
+from mmspec.law_config import LawConfig
+from mmspec.noise import row_keys
 from mmspec.rows import TokenRows
-from mmspec.sampling import LawConfig, build_law, row_keys
+from mmspec.sampling import build_law
 from mmspec.schedule import FixedSchedule
 from mmspec.verify import build_rule
 

@@ -12,9 +12,11 @@ from scipy import stats
 from torch import Tensor
 
 from mmspec.engine import Engine
+from mmspec.law_config import LawConfig
+from mmspec.noise import Salt, gumbel, row_keys
 from mmspec.records import Proposal, Scores
 from mmspec.rows import TokenRows
-from mmspec.sampling import LawConfig, Salt, build_law, gumbel, row_keys
+from mmspec.sampling import build_law
 from mmspec.schedule import FixedSchedule
 from mmspec.tree import ancestors, pack_chain
 from mmspec.verify import build_rule
@@ -191,6 +193,14 @@ class ToyRun:
     guarantee: str
 
 
+class EagerSchedule(FixedSchedule):
+    """Drafts in the very first step too, so that a rule is tested at every position."""
+
+    def __init__(self, width, remaining):
+        super().__init__(width, remaining)
+        self._has_begun = True
+
+
 def run_toy(
     table: Tensor,
     make_drafter,
@@ -204,7 +214,7 @@ def run_toy(
     """Runs the engine on a toy; ``make_drafter`` gets the rows."""
     rows = toy_rows(num_rows, len(table), seed)
     law = build_law(config or LawConfig())
-    schedule = FixedSchedule(width, lambda: rows.max_remaining)
+    schedule = EagerSchedule(width, lambda: rows.max_remaining)
     made = build_rule(rule, law, rows)
     engine = Engine(TableTarget(rows, table), make_drafter(rows), made, schedule)
     # The statistics of tens of thousands of single rows would cost more than the run.

@@ -111,8 +111,8 @@ def attribute_accuracy(images: np.ndarray, attributes: list[dict[str, str]]) -> 
 
     Args:
         images: RGB pictures (N, 16, 16, 3): uint8, or floats in [0, 1].
-        attributes: For each picture the stated attributes, such as a row of `heldout.jsonl` has
-            under "attributes". Attributes that a caption leaves open are simply absent.
+        attributes: For each picture the stated attributes, such as a row of `heldout_fresh.jsonl`
+            has under "attributes". Attributes that a caption leaves open are simply absent.
 
     Returns:
         The share of right answers per attribute; "mean" over all stated attributes; "all" is the

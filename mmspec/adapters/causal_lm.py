@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmspec.cache import SlotCache
-from mmspec.forward import SlotForward, text_device
+from mmspec.forward import SlotForward, as_law_dtype, text_device
 from mmspec.records import Outcome, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 
@@ -21,8 +21,8 @@ class CausalTarget:
 
     Attributes:
         rows: The committed tokens.
-        forward: The model on its slot cache. Tokens cached are always the committed ones less the
-            root, which is fed together with its drafts.
+        forward: The model on its slot cache. Tokens cached are the committed ones less the root,
+            which is fed together with its drafts; only the first root is fed with its prompt.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class CausalTarget:
         )
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self._num_cached = list(num_cached or [0] * rows.num_rows)
+        self._first_logits: Tensor | None = None
 
     @property
     def is_done(self) -> bool:
@@ -63,13 +64,16 @@ class CausalTarget:
         return self.rows.is_done
 
     def prefill(self) -> None:
-        """Caches every prompt but its last token, which becomes the first root."""
-        prefill_rows(self.forward, self.rows, self._num_cached)
+        """Caches every prompt and keeps the logits behind it, which answer a first plain step."""
+        self._first_logits = prefill_rows(self.forward, self.rows, self._num_cached)
 
     def score(self, proposal: Proposal) -> Scores:
-        """One forward over the drafts."""
+        """One forward over the drafts; none for a first step without drafts."""
         rows = self.rows
         positions_BN = rows.positions(proposal.depth_BN)
+        first, self._first_logits = self._first_logits, None
+        if first is not None and proposal.width == 1:
+            return Scores(logits_BNV=first, positions_BN=positions_BN, forward_time_s=0.0)
         started = time.perf_counter()
         output = self.forward.run(
             {"input_ids": proposal.tokens_BN},
@@ -80,7 +84,7 @@ class CausalTarget:
             positions_BN=positions_BN,
             is_chain=proposal.is_chain,
         )
-        logits = output.logits  # type: ignore[attr-defined]
+        logits = output.logits
         elapsed = time.perf_counter() - started
         return Scores(
             logits_BNV=as_law_dtype(logits).to(rows.lengths_B.device),
@@ -93,21 +97,21 @@ class CausalTarget:
         return commit_rows(self.forward.cache, self.rows, proposal, verdict)
 
 
-def as_law_dtype(logits: Tensor) -> Tensor:
-    """Laws are computed in float32, or in float64 where the model is."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def prefill_rows(forward: SlotForward, rows: TokenRows, num_cached: Sequence[int]) -> Tensor:
+    """Caches the committed tokens that are not cached yet, the root included.
 
-
-def prefill_rows(forward: SlotForward, rows: TokenRows, num_cached: Sequence[int]) -> None:
-    """Caches the committed tokens that are not cached yet, all but the root."""
-    missing = [len(t) - 1 - n for t, n in zip(rows.host_tokens, num_cached, strict=True)]
-    if max(missing) <= 0:
-        return
+    Returns:
+        The logits behind each root, ``[B, 1, V]``.
+    """
+    lengths = [len(tokens) for tokens in rows.host_tokens]
+    # The root is fed again where it is cached: its logits are wanted.
+    num_cached = [min(n, length - 1) for n, length in zip(num_cached, lengths, strict=True)]
+    counts = [length - n for n, length in zip(num_cached, lengths, strict=True)]
     device = rows.tokens_BT.device
-    cached_B = torch.tensor(list(num_cached), device=device)
-    columns = cached_B[:, None] + torch.arange(max(missing), device=device)
+    cached_B = torch.tensor(num_cached, device=device)
+    columns = cached_B[:, None] + torch.arange(max(counts), device=device)
     tokens = rows.tokens_BT.gather(1, columns.clamp(max=rows.capacity - 1))
-    forward.prefill({"input_ids": tokens}, cached_B, num_cached)
+    return as_law_dtype(forward.extend({"input_ids": tokens}, num_cached, counts))
 
 
 def commit_rows(cache: SlotCache, rows: TokenRows, proposal: Proposal, verdict: Verdict) -> Outcome:
@@ -140,7 +144,6 @@ def check_fits(model: Any, rows: TokenRows) -> None:
 
 __all__ = [
     "CausalTarget",
-    "as_law_dtype",
     "check_fits",
     "commit_rows",
     "prefill_rows",

@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from mmspec.checks import is_list, require
 from mmspec.sampling import (
     NEG_INF,
     BadWords,
@@ -151,6 +152,17 @@ def _stage(processor: Any, layout: Layout, stateless: Sequence[Any]) -> Stage | 
         "row alone and keeps nothing between calls, say so with "
         f"stateless_processors=[{kind.__name__}]"
     )
+
+
+def checked_stateless(processors: Any) -> tuple[Any, ...]:
+    """The caller's stateless processors as a tuple.
+
+    Raises:
+        ValueError: If they are not a list of classes or callable objects.
+    """
+    rule = "a list of logits processors, classes or objects"
+    require(is_list(processors, callable), "stateless_processors", rule, processors)
+    return tuple(processors)
 
 
 def _is_listed(processor: Any, stateless: Sequence[Any]) -> bool:

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmspec.adapters.causal_lm import as_law_dtype, check_fits
-from mmspec.forward import SlotForward
+from mmspec.adapters.causal_lm import check_fits
+from mmspec.forward import SlotForward, as_law_dtype
 from mmspec.records import Outcome, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 
@@ -153,6 +153,7 @@ class TokenImageTarget:
             capacity=rows.capacity,
             compile=compile,
         )
+        self._first_logits: Tensor | None = None
 
     @property
     def is_done(self) -> bool:
@@ -160,22 +161,26 @@ class TokenImageTarget:
         return self.rows.is_done
 
     def prefill(self) -> None:
-        """Caches every prompt but its last token."""
-        prompts = [tokens[:-1] for tokens in self.rows.host_tokens]
+        """Caches every prompt and keeps the logits behind it, which answer a first plain step."""
+        prompts = self.rows.host_tokens
         if self._is_guided:
-            prompts += [self._family.unconditional(prompt) for prompt in prompts]
-        longest = max(map(len, prompts))
-        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+            prompts = prompts + [
+                [*self._family.unconditional(tokens), begin] for *tokens, begin in prompts
+            ]
+        counts = [len(prompt) for prompt in prompts]
+        padded = [prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts]
         ids = torch.tensor(padded, device=self.rows.tokens_BT.device)
-        cached_B = torch.zeros(len(prompts), dtype=torch.long, device=ids.device)
-        if longest:
-            embeds = self._family.embed_text(ids)
-            self.forward.prefill({"inputs_embeds": embeds}, cached_B, [0] * len(prompts))
+        embeds = self._family.embed_text(ids)
+        hidden = self.forward.extend({"inputs_embeds": embeds}, [0] * len(counts), counts)
+        self._first_logits = self._guided(self._family.head(hidden))
 
     def score(self, proposal: Proposal) -> Scores:
-        """One forward over the drafts, guided."""
+        """One forward over the drafts, guided; none for a first step without drafts."""
         rows = self.rows
         positions_BN = rows.positions(proposal.depth_BN)
+        first, self._first_logits = self._first_logits, None
+        if first is not None and proposal.width == 1:
+            return Scores(logits_BNV=first, positions_BN=positions_BN, forward_time_s=0.0)
         embeds = self._embed(proposal.tokens_BN)
         started = time.perf_counter()
         output = self.forward.run(
@@ -187,12 +192,9 @@ class TokenImageTarget:
             positions_BN=self._copied(positions_BN),
             is_chain=proposal.is_chain,
         )
-        logits = self._family.head(output.last_hidden_state)  # type: ignore[attr-defined]
+        logits = self._family.head(output.last_hidden_state)
         elapsed = time.perf_counter() - started
-        logits = as_law_dtype(logits).to(rows.lengths_B.device)
-        if self._is_guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + self._scale * (conditional - unconditional)
+        logits = self._guided(logits)
         return Scores(logits_BNV=logits, positions_BN=positions_BN, forward_time_s=elapsed)
 
     def commit(self, proposal: Proposal, verdict: Verdict) -> Outcome:
@@ -205,6 +207,14 @@ class TokenImageTarget:
                 self._copied(verdict.path_BM[:, : longest + 1]), cached_B
             )
         return outcome
+
+    def _guided(self, logits: Tensor) -> Tensor:
+        """One law per image, ``[B, N, V]``, from the logits of all copies."""
+        logits = as_law_dtype(logits).to(self.rows.lengths_B.device)
+        if not self._is_guided:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + self._scale * (conditional - unconditional)
 
     def _embed(self, tokens_BN: Tensor) -> Tensor:
         """Roots of fresh rows are text, everything else is image."""

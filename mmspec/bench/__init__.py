@@ -16,10 +16,11 @@ comma-separated strings, so that they read the same in Python and in a shell::
              max_new_tokens=None, repeats=3, <common>)
     image.run(model="avatars", decoders="sequential,exact,coupled,sjd", window="8,16,32,64,128",
               guidance="1,3,5", batch="1,8", dtype="float32", temperature=1.0, prompts=8,
-              quality=96, quality_guidance="3", repeats=3, <common>)
+              quality=96, quality_generate=False, quality_guidance="3", repeats=3, <common>)
 
 with ``minutes=None, seed=0, device="cpu", out=Path("mmspec-bench"), json_only=False`` in common.
-``prompts`` is a number: prompts of each kind, or captions.
+``prompts`` is a number: prompts of each kind, or captions. ``prompts=0`` measures the quality of
+images only.
 
 Each returns the object of its last line of output (`mmspec.bench.measure.FINAL_LINE`; ``rows`` are
 told apart by ``type``), writes samples to ``<out>/<what>.jsonl`` as they come and a report to
@@ -30,5 +31,6 @@ while the source, the bundled files it read, the versions, the device and the nu
 the same.
 
 ``measure`` has the clocks, the forward counter, provenance and the store, ``tasks`` the order of
-work, ``setups`` the models and the same job given to both sides, ``report`` the tables.
+work, ``setups`` the models and the same job given to both sides, ``quality`` what pictures show,
+``report`` the tables.
 """

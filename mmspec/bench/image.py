@@ -7,14 +7,12 @@ the faster of the two is the yardstick. It cannot run without guidance (scale 1)
 plain decoding is the only yardstick.
 """
 
-import importlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from torch import Tensor
@@ -29,8 +27,15 @@ from mmspec.bench.measure import (
     median,
     open_store,
     provenance,
-    ratio,
     timed,
+)
+from mmspec.bench.quality import (
+    FIELDS,
+    grouped,
+    quality_sections,
+    score,
+    summarise_quality,
+    title_of,
 )
 from mmspec.bench.report import Output, card_table, percent, publish, table
 from mmspec.bench.setups import DTYPES, image_card, load_captions, load_image, seeded
@@ -39,6 +44,8 @@ from mmspec.drafters.jacobi import default_window
 from mmspec.pipelines.image import ImageOutput, SpeculativeImagePipeline
 
 GENERATE = {"generate": {}, "generate_dynamic": {"cache_implementation": "dynamic"}}
+#: The same as systems: name -> what runs it and its window.
+GENERATED = {name: (name, 1) for name in GENERATE}
 DECODERS = ("sequential", "exact", "coupled", "sjd")
 #: Rows of one call when quality is measured; only speed depends on it.
 QUALITY_BATCH = 16
@@ -80,8 +87,11 @@ def run(
     batch: Annotated[str, typer.Option(help="Images per call.")] = "1,8",
     dtype: Annotated[str, typer.Option(help="Of float32, bfloat16, ...")] = "float32",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    prompts: Annotated[int, typer.Option(help="Held-out captions, for speed.")] = 8,
-    quality: Annotated[int, typer.Option(help="Held-out captions, for quality; 0 is none.")] = 96,
+    prompts: Annotated[int, typer.Option(help="Captions for speed; 0 is none.")] = 8,
+    quality: Annotated[int, typer.Option(help="Captions for quality, up to 200; 0 is none.")] = 96,
+    quality_generate: Annotated[
+        bool, typer.Option("--quality-generate", help="Judge transformers' own images as well.")
+    ] = False,
     quality_guidance: Annotated[str, typer.Option(help="Scales for quality.")] = "3",
     repeats: Annotated[int, typer.Option(help="Repetitions, each with a seed of its own.")] = 3,
     minutes: Annotated[float | None, typer.Option(help="Stop then; run again to go on.")] = None,
@@ -115,20 +125,24 @@ def run(
 
     speed = configs([int(size) for size in csv(batch)], guidance, is_scored=False)
     scored = configs([min(QUALITY_BATCH, quality)], quality_guidance, is_scored=True)
-    scored = scored if quality else []
+    speed, scored = speed if prompts else [], scored if quality else []
     card = [line for config in speed for line in _card(config)]
-    output.show("Ceiling: what a forward costs", card_table(card))
-    systems = _systems(ours, [int(width) for width in csv(window)])
-    defaults = _systems(ours, [_default_window(next(iter(pipes.values())))])
+    sections = [("Ceiling: what a forward costs", card_table(card))] if card else []
+    for title, text in sections:
+        output.show(title, text)
+    systems = GENERATED | _systems(ours, [int(width) for width in csv(window)])
+    width = _default_window(next(iter(pipes.values())), min(QUALITY_BATCH, max(quality, 1)))
+    defaults = _systems(ours, [width])
+    defaults = (GENERATED if quality_generate else {}) | defaults
     tasks = interleaved([_tasks(config, prompts, systems) for config in speed])
     judging = interleaved([_tasks(config, quality, defaults) for config in scored])
     store = open_store(out / "image.jsonl", facts)
     missing = run_tasks([*tasks, *judging], repeats, store, budget, output.say)
-    missing += _unfilled(speed, prompts) + _unfilled(scored, quality)
+    missing += _unfilled(speed, prompts)
     rows = summarise(samples_of(tasks, repeats, store))
     judged = summarise_quality(samples_of(judging, repeats, store))
-    sections = [("Ceiling: what a forward costs", card_table(card)), *_sections(rows, judged)]
-    for title, text in sections[1:]:
+    results = _sections(rows, judged)
+    for title, text in results:
         output.show(title, text)
     line = final_line(
         "image",
@@ -138,19 +152,19 @@ def run(
         failures=_failures(rows),
         time_s=budget.elapsed_s,
     )
-    return publish(line, sections, out, output)
+    return publish(line, [*sections, *results], out, output)
 
 
 # --------------------------------------------------------------------------- tasks
 
 
-def _default_window(pipe: SpeculativeImagePipeline) -> int:
-    return default_window(image_family(pipe.model).num_image_tokens)
+def _default_window(pipe: SpeculativeImagePipeline, batch: int) -> int:
+    return default_window(image_family(pipe.model).num_image_tokens, batch)
 
 
 def _systems(decoders: Sequence[str], windows: Sequence[int]) -> dict[str, tuple[str, int]]:
-    """Name -> decoder and window; transformers first, plain decoding has no window."""
-    systems = {name: (name, 1) for name in GENERATE}
+    """Name -> decoder and window; plain decoding has no window."""
+    systems: dict[str, tuple[str, int]] = {}
     for decoder in decoders:
         if decoder == "sequential":
             systems[decoder] = (decoder, 1)
@@ -160,10 +174,11 @@ def _systems(decoders: Sequence[str], windows: Sequence[int]) -> dict[str, tuple
 
 
 def _tasks(config: Config, limit: int, systems: Mapping[str, tuple[str, int]]) -> list[Task]:
-    entries = load_captions(limit)
+    entries = load_captions(limit, is_fresh=config.is_scored)
     size = config.batch
-    whole = len(entries) - len(entries) % size
-    return [_task(config, i, entries[i : i + size], systems) for i in range(0, whole, size)]
+    # A call that is smaller than the others would blur the times, not the quality.
+    count = len(entries) if config.is_scored else len(entries) - len(entries) % size
+    return [_task(config, i, entries[i : i + size], systems) for i in range(0, count, size)]
 
 
 def _unfilled(configs: Sequence[Config], limit: int) -> list[str]:
@@ -188,8 +203,8 @@ def _task(
         return lambda repeat: _measure(config, decoder, width, captions, repeat)
 
     def finish(samples: Mapping[str, Sample]) -> None:
-        if config.is_scored:
-            _score(config, samples, [entry["attributes"] for entry in entries])
+        if config.is_scored and config.model == "avatars":
+            score(config.pipe.model, samples.values(), [entry["attributes"] for entry in entries])
         _compare(samples, is_greedy=config.temperature == 0)
 
     return Task(
@@ -206,15 +221,15 @@ def _task(
             "input": f"{first:04d}",
         },
         # One image of each kind of shape; the tokens are thrown away.
-        warm_up=lambda: _warm_up(config, captions),
+        warm_up=lambda: _warm_up(config, captions, systems),
         finish=finish,
         max_repeats=1 if config.is_scored else None,
     )
 
 
-def _warm_up(config: Config, captions: Sequence[str]) -> None:
+def _warm_up(config: Config, captions: Sequence[str], systems: Container[str]) -> None:
     _ours(config, "exact", 16, captions, 0)
-    if config.guidance > 1:
+    if config.guidance > 1 and "generate" in systems:
         _generate(config, captions[:1], 0, {})
 
 
@@ -313,21 +328,6 @@ def _compare(samples: Mapping[str, Sample], *, is_greedy: bool) -> None:
             sample["num_rows_equal_generate"] = int(same.sum())
 
 
-def _score(config: Config, samples: Mapping[str, Sample], attributes: list[dict[str, str]]) -> None:
-    """Adds the share of stated attributes that the pictures show, read by exact lookup."""
-    if config.model != "avatars":
-        return
-    judge = importlib.import_module("mmspec.assets.avatars.scoring").attribute_accuracy
-    for sample in samples.values():
-        with torch.no_grad():
-            pixels = config.pipe.model.decode_image_tokens(sample["tokens"].to(config.pipe.device))
-        images = (pixels.float().cpu().numpy() + 1) / 2
-        found = judge(np.clip(images, 0, 1), attributes)
-        sample["accuracy"] = found["mean"]
-        sample["all_right"] = found["all"]
-        sample["num_attributes"] = sum(map(len, attributes))
-
-
 def _card(config: Config) -> list[Sample]:
     lines = image_card(config.pipe, config.batch, config.guidance)
     facts = {
@@ -342,26 +342,16 @@ def _card(config: Config) -> list[Sample]:
 
 # --------------------------------------------------------------------------- rows
 
-_FIELDS = ("model", "dtype", "temperature", "guidance", "batch")
-
-
-def _grouped(samples: Sequence[Sample]) -> dict[tuple[Any, ...], dict[str, list[Sample]]]:
-    """Configuration -> system -> samples, in the order they were asked for."""
-    groups: dict[tuple[Any, ...], dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
-    for sample in samples:
-        groups[tuple(sample[name] for name in _FIELDS)][sample["system"]].append(sample)
-    return groups
-
 
 def summarise(samples: Sequence[Sample]) -> list[Sample]:
     """One row per configuration and system."""
     rows = []
-    for key, systems in sorted(_grouped(samples).items()):
+    for key, systems in sorted(grouped(samples).items()):
         own = [name for name in GENERATE if name in systems]
         best = min(own, key=lambda name: _seconds(systems[name])) if own else None
         for name, found in systems.items():
             rows.append(
-                {"type": "row", **dict(zip(_FIELDS, key, strict=True)), "system": name}
+                {"type": "row", **dict(zip(FIELDS, key, strict=True)), "system": name}
                 | _figures(found)
                 | {
                     "yardstick": best,
@@ -412,29 +402,6 @@ def _median_speedup(samples: Sequence[Sample], base: Sequence[Sample]) -> float 
     )
 
 
-def summarise_quality(samples: Sequence[Sample]) -> list[Sample]:
-    """One row per configuration and decoder: the share of right attributes."""
-    rows = []
-    for key, systems in sorted(_grouped(samples).items()):
-        for name, found in systems.items():
-            judged = [s for s in found if "accuracy" in s]
-            count = sum(s["num_attributes"] for s in judged)
-            images = sum(s["num_images"] for s in judged)
-            right = sum(s["accuracy"] * s["num_attributes"] for s in judged)
-            whole = sum(s["all_right"] * s["num_images"] for s in judged)
-            rows.append(
-                {"type": "quality", **dict(zip(_FIELDS, key, strict=True)), "system": name}
-                | {
-                    "guarantee": found[0]["guarantee"],
-                    "num_images": sum(s["num_images"] for s in found),
-                    "num_attributes": count,
-                    "accuracy": ratio(right, count),
-                    "all_right": ratio(whole, images),
-                }
-            )
-    return rows
-
-
 def _failures(rows: Sequence[Sample]) -> list[str]:
     """Exactness is a promise where rounding does not decide: float32 and float64."""
     return [
@@ -450,33 +417,9 @@ def _failures(rows: Sequence[Sample]) -> list[str]:
 def _sections(rows: Sequence[Sample], judged: Sequence[Sample]) -> list[tuple[str, str]]:
     groups: dict[str, list[Sample]] = defaultdict(list)
     for row in rows:
-        groups[_title(row)].append(row)
+        groups[title_of(row)].append(row)
     sections = [(title, _speed_table(found)) for title, found in groups.items()]
-    if judged:
-        headers = [
-            "configuration",
-            "system",
-            "guarantee",
-            "images",
-            "attributes right",
-            "all right",
-        ]
-        lines = [
-            [
-                _title(row),
-                *(row[name] for name in ("system", "guarantee", "num_images")),
-                percent(row["accuracy"]),
-                percent(row["all_right"]),
-            ]
-            for row in judged
-        ]
-        sections.append(("Quality on held-out captions", table(headers, lines)))
-    return sections
-
-
-def _title(row: Sample) -> str:
-    where = f"guidance {row['guidance']:g}, batch {row['batch']}"
-    return f"{row['model']}, {row['dtype']}, temperature {row['temperature']:g}, {where}"
+    return [*sections, *quality_sections(judged)]
 
 
 def _speed_table(rows: Sequence[Sample]) -> str:

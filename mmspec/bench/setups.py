@@ -20,10 +20,12 @@ from mmspec.assets import bundled_path
 from mmspec.bench.measure import Sample, timed
 from mmspec.drafters import build_drafter
 from mmspec.engine import Engine
+from mmspec.law_config import LawConfig
+from mmspec.noise import row_keys
 from mmspec.pipelines.image import SpeculativeImagePipeline
 from mmspec.records import Generation
 from mmspec.rows import TokenRows
-from mmspec.sampling import LawConfig, build_law, row_keys
+from mmspec.sampling import build_law
 from mmspec.schedule import FixedSchedule
 from mmspec.speculation import Settings, build_engine
 from mmspec.tree import pack_chain
@@ -331,9 +333,14 @@ def image_engine(
     return Engine(target, drafter, rule, FixedSchedule(width, lambda: rows.max_remaining))
 
 
-def load_captions(limit: int) -> list[dict[str, Any]]:
-    """Held-out captions of the avatars, with the attributes they state."""
-    path = bundled_path("avatars") / "heldout.jsonl"
+def load_captions(limit: int, *, is_fresh: bool = False) -> list[dict[str, Any]]:
+    """Held-out captions of the avatars, with the attributes they state.
+
+    Args:
+        limit: How many at most.
+        is_fresh: Those that no decision about the model has looked at.
+    """
+    path = bundled_path("avatars") / ("heldout_fresh.jsonl" if is_fresh else "heldout.jsonl")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:limit]
 
 

@@ -4,10 +4,9 @@ Everything runs in one process on one loaded model per dtype, in turn: the same 
 and kind of cache. Prompts are tokenised outside the clock. Forwards are counted by a hook on the
 model, whoever calls it.
 
-tau is tokens per target forward and row, the bonus token included. For our engine the forwards are
-its steps (the prefill yields no token); transformers' first forward reads the prompt and yields the
-first token, so it counts. Times are compared per token, because outputs differ in length when
-sampled, and under bfloat16 also when greedy.
+tau is tokens per target forward and row, the bonus token included. The forward that reads the
+prompt yields the first token, in our engine as in transformers, so it counts. Times are compared
+per token, because outputs differ in length when sampled, and under bfloat16 also when greedy.
 """
 
 from collections import defaultdict

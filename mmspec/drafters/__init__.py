@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from mmspec.checks import require_known
 from mmspec.rows import TokenRows
 from mmspec.sampling import Law
 
@@ -45,8 +46,7 @@ def parse_spec(spec: DrafterSpec) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"drafter must be a name, a mapping with a 'name', or a model; got {spec!r}"
         )
-    if name not in TABLE:
-        raise ValueError(f"unknown drafter {name!r}; known: {', '.join(sorted(TABLE))}")
+    require_known("drafter", name, sorted(TABLE))
     return name, options
 
 

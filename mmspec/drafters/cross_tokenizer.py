@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmspec.drafters.model import draw
 from mmspec.drafters.plain import root_only
-from mmspec.forward import SlotForward
+from mmspec.forward import SlotForward, as_law_dtype
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.sampling import Law, Salt, gumbel
+from mmspec.sampling import Law
 from mmspec.tree import bucket, pack_chain, pack_trees
 
 METHODS = ("string", "shared")
@@ -121,12 +122,14 @@ class CrossTokenizerDrafter:
         width = max(map(len, chunks))
         device = self._rows.tokens_BT.device
         ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device)
-        logits, _ = self.forward.extend(ids, kept, [len(chunk) for chunk in chunks])
+        counts = [len(chunk) for chunk in chunks]
+        logits = as_law_dtype(self.forward.extend({"input_ids": ids}, kept, counts))
         self._cached = contexts
         return logits, contexts
 
     def _feed(self, token_B1: Tensor, num_cached: list[int]) -> Tensor:
-        return self.forward.extend(token_B1, num_cached, [1] * len(num_cached))[0]
+        counts = [1] * len(num_cached)
+        return as_law_dtype(self.forward.extend({"input_ids": token_B1}, num_cached, counts))
 
     def _draft_string(self, logits: Tensor, contexts: list[list[int]], num_drafts: int) -> Proposal:
         drafted = [logits.argmax(-1)]
@@ -154,7 +157,7 @@ class CrossTokenizerDrafter:
             over_target = logits.new_full((rows.num_rows, 1, self._vocab_size), float("-inf"))
             over_target[..., self._target_ids] = logits[..., self._own_ids]
             law = self._law(over_target, self._context(tokens[-1], root + depth))
-            tokens.append(self._draw(law, depth))
+            tokens.append(draw(rows, self._law, law, depth, shared_noise=self._shared_noise))
             laws.append(law)
             if depth + 1 < num_drafts:
                 own = self._own_of_target[tokens[-1]]
@@ -170,15 +173,6 @@ class CrossTokenizerDrafter:
         return self._rows.context(
             pack_chain(token, [0] * self._rows.num_rows, self._vocab_size), position
         )
-
-    def _draw(self, law_logits: Tensor, depth: int) -> Tensor:
-        if self._law.is_greedy:
-            return law_logits.argmax(-1)
-        rows = self._rows
-        salt = Salt.CHOICE if self._shared_noise else Salt.DRAFT
-        step = 0 if self._shared_noise else rows.step
-        position = rows.lengths_B[:, None] + depth
-        return (law_logits + gumbel(rows.keys_B, position, self._vocab_size, salt, step)).argmax(-1)
 
     def _encode_own(self, target_tokens: list[int]) -> list[int]:
         ids = self._own.encode(_text(self._target, target_tokens), add_special_tokens=False)

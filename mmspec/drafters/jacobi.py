@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mmspec.drafters.plain import root_only
+from mmspec.noise import Salt, gumbel
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.sampling import Salt, gumbel
+from mmspec.sampling import sample
 from mmspec.tree import pack_chain
 
 
@@ -67,6 +68,7 @@ class JacobiDrafter:
         self._laws_BRV: Tensor | None = None
         self._guesses_BR: Tensor | None = None
         self._known_B = rows.lengths_B.clone()  # laws are known for positions below this
+        self._row_B1 = torch.arange(rows.num_rows, device=rows.lengths_B.device)[:, None]
 
     def prefill(self) -> None:
         """Reads nothing."""
@@ -100,9 +102,9 @@ class JacobiDrafter:
             self._laws_BRV = laws.new_zeros(num_rows, self._ring, self._vocab_size)
             self._guesses_BR = verdict.choices_BN.new_zeros(num_rows, self._ring)
         slot = (scores.positions_BN + 1) % self._ring
-        wide = slot[..., None].expand(-1, -1, self._vocab_size)
-        self._laws_BRV.scatter_(1, wide, laws)
-        self._guesses_BR.scatter_(1, slot, verdict.choices_BN)  # type: ignore[union-attr]
+        # Whole laws by index: a scatter would go number by number.
+        self._laws_BRV[self._row_B1, slot] = laws
+        self._guesses_BR[self._row_B1, slot] = verdict.choices_BN  # type: ignore[index]
         self._known_B = scores.positions_BN.amax(1) + 2
 
     def _guesses_at(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,16 +112,16 @@ class JacobiDrafter:
         is_known = position < self._known_B[:, None]
         source = torch.where(is_known, position, self._neighbour(position))
         slot = source % self._ring
-        laws = self._laws_BRV.gather(  # type: ignore[union-attr]
-            1, slot[..., None].expand(-1, -1, self._vocab_size)
-        )
-        stored = self._guesses_BR.gather(1, slot)  # type: ignore[union-attr]
-        noisy = laws
-        if not self._is_greedy:
-            salt = Salt.CHOICE if self._shared_noise else Salt.DRAFT
-            step = 0 if self._shared_noise else self._rows.step + 1
-            noisy = laws + gumbel(self._rows.keys_B, position, self._vocab_size, salt, step)
-        return torch.where(is_known, stored, noisy.argmax(-1)), laws
+        laws = self._laws_BRV[self._row_B1, slot]  # type: ignore[index]
+        stored = self._guesses_BR[self._row_B1, slot]  # type: ignore[index]
+        drawn = sample(laws, None if self._is_greedy else self._noise(position))
+        return torch.where(is_known, stored, drawn), laws
+
+    def _noise(self, position: Tensor) -> Tensor:
+        if self._shared_noise:
+            return self._rows.choice_noise(position.shape[1], self._vocab_size)
+        step = self._rows.step + 1
+        return gumbel(self._rows.keys_B, position, self._vocab_size, Salt.DRAFT, step)
 
     def _neighbour(self, position: Tensor) -> Tensor:
         last = self._known_B[:, None] - 1

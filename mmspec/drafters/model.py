@@ -10,11 +10,30 @@ from torch import Tensor, nn
 
 from mmspec.cache import SlotCache
 from mmspec.drafters.plain import root_only
-from mmspec.forward import SlotForward
+from mmspec.forward import SlotForward, as_law_dtype
+from mmspec.noise import Salt, gumbel
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.sampling import Law, LawContext, Salt, gumbel
+from mmspec.sampling import Law, LawContext, sample
 from mmspec.tree import pack_chain
+
+
+def draw(
+    rows: TokenRows, law: Law, law_logits_B1V: Tensor, depth: int, *, shared_noise: bool
+) -> Tensor:
+    """A guess from a draft law for the position ``depth`` behind each row's end, ``[B, 1]``.
+
+    With shared noise it is drawn as the target draws its own choice, so that equal laws agree.
+    """
+    if law.is_greedy:
+        return sample(law_logits_B1V, None)
+    vocab_size = law_logits_B1V.shape[-1]
+    if shared_noise:
+        noise = rows.choice_noise(1, vocab_size, offset=depth)
+    else:
+        position = rows.lengths_B[:, None] + depth
+        noise = gumbel(rows.keys_B, position, vocab_size, Salt.DRAFT, rows.step)
+    return sample(law_logits_B1V, noise)
 
 
 class ModelDrafter:
@@ -72,7 +91,7 @@ class ModelDrafter:
         laws = []
         for depth in range(num_drafts):
             law_logits = self._next_law(scratch, depth)
-            token = self._draw(law_logits, depth)
+            token = draw(rows, self._law, law_logits, depth, shared_noise=self._shared_noise)
             scratch.scatter_(1, rows.lengths_B[:, None] + depth, token)
             laws.append(law_logits)
         start = rows.lengths_B[:, None] - 1
@@ -108,7 +127,8 @@ class ModelDrafter:
         ahead = torch.arange(max(counts), device=scratch_BT.device)
         index = (cached_B[:, None] + ahead).clamp(max=rows.capacity - 1)
         ids = self._embeddable(scratch_BT.gather(1, index))
-        logits, positions = self.forward.extend(ids, self._num_cached, counts)
+        logits = as_law_dtype(self.forward.extend({"input_ids": ids}, self._num_cached, counts))
+        positions = rows.lengths_B[:, None] - 1 + depth
         self._num_cached = wanted
         zero = torch.zeros_like(positions)
         context = LawContext(
@@ -121,15 +141,6 @@ class ModelDrafter:
             prompt_lengths_B=rows.prompt_lengths_B,
         )
         return self._law(self._aligned(logits), context)
-
-    def _draw(self, law_logits: Tensor, depth: int) -> Tensor:
-        if self._law.is_greedy:
-            return law_logits.argmax(-1)
-        rows = self._rows
-        salt = Salt.CHOICE if self._shared_noise else Salt.DRAFT
-        step = 0 if self._shared_noise else rows.step
-        position = rows.lengths_B[:, None] + depth
-        return (law_logits + gumbel(rows.keys_B, position, self._vocab_size, salt, step)).argmax(-1)
 
     def _embeddable(self, tokens: Tensor) -> Tensor:
         """Target tokens that this model does not have become token 0; the guess is then poor."""

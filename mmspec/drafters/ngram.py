@@ -5,32 +5,30 @@ structures are in `mmspec.drafters.trie` (the rows themselves and earlier output
 `mmspec.drafters.suffix` (external corpora).
 """
 
-import bisect
 import weakref
 from collections.abc import Sequence
 
+from mmspec.drafters.drafts import Calibration, Draft, merge
 from mmspec.drafters.plain import root_only
-from mmspec.drafters.suffix import MatchState, SuffixAutomaton, merge
-from mmspec.drafters.trie import Draft, NgramTrie
+from mmspec.drafters.suffix import MatchState, SuffixAutomaton
+from mmspec.drafters.trie import NgramTrie
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.tree import BUCKETS, bucket, pack_trees
+from mmspec.tree import BUCKETS, pack_trees
 
-# Context lengths whose acceptance is learned together: 1, 2, 3-4, 5-8, 9-16 and more.
-_CLASSES = (1, 2, 4, 8, 16)
-# Weight of the prior m / (m + 2), in observations.
-_PRIOR = 2.0
+#: Units that a node must bring until it has been measured what nodes cost.
+DEFAULT_NODE_PRICE = 0.05
 
 
 class NgramDrafter:
-    """Retrieves chains, or one merged tree per row.
+    """Retrieves one merged tree per row, or chains, and drafts as much of them as pays.
 
     Attributes:
         memory: The trie. Pass the same one to several calls and their outputs help each other.
     """
 
     name = "ngram"
-    #: Drafting costs microseconds and stays silent without a match.
+    #: Drafting costs next to nothing, and `Plan.prices` is heeded.
     is_free = True
 
     def __init__(
@@ -39,7 +37,7 @@ class NgramDrafter:
         vocab_size: int,
         *,
         max_match: int = 16,
-        branching: int = 1,
+        branching: int = 16,
         memory: NgramTrie | None = None,
         corpus: SuffixAutomaton | None = None,
     ) -> None:
@@ -49,7 +47,8 @@ class NgramDrafter:
             rows: The rows.
             vocab_size: The target's vocabulary.
             max_match: Longest match that is looked for.
-            branching: Most children of a node; 1 drafts the latest continuation as a chain.
+            branching: Most children of a node; 1 drafts the latest continuation as a chain, and is
+                silent without a match.
             memory: Texts of earlier calls; a fresh trie if None.
             corpus: External texts; where they match longer than the memory, they draft.
 
@@ -65,8 +64,8 @@ class NgramDrafter:
         self._branching = branching
         self._streams: list[int] = []
         self._states: list[MatchState] = []
-        self._trust = _Trust()
-        self._match_lengths: list[int] = []
+        self._calibration = Calibration()
+        self._found: list[Draft] = []
 
     def prefill(self) -> None:
         """Reads the prompts."""
@@ -89,17 +88,14 @@ class NgramDrafter:
         """What followed each row's tail, as far as it is worth verifying."""
         rows = self._rows
         budget = plan.width - 1
-        found = [
+        self._found = [
             Draft() if done or not budget else self._draft(row, budget)
             for row, done in enumerate(rows.host_done)
         ]
-        self._match_lengths = [draft.match_length for draft in found]
-        longest = max(self._trust.worth(draft, plan.min_survival) for draft in found)
-        if longest == 0:
+        width = self._worthwhile_width(plan)
+        if width == 1:
             return root_only(rows)
-        # The step has the cost of its bucket, so every row drafts as much as fits into it.
-        width = min(bucket(longest + 1), plan.width)
-        drafts = [_first(draft, width - 1) for draft in found]
+        drafts = [_first(draft, width - 1) for draft in self._found]
         return pack_trees(
             [draft.tokens for draft in drafts],
             [draft.parents for draft in drafts],
@@ -111,15 +107,29 @@ class NgramDrafter:
     def commit(
         self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
     ) -> None:
-        """Extends the streams and learns how far each kind of match can be trusted."""
+        """Extends the streams and learns how far each size of score can be trusted."""
         for row, new in enumerate(outcome.new_units):
             if not outcome.was_active[row]:
                 continue
-            levels = proposal.num_levels[row]
-            self._trust.learn(self._match_lengths[row], levels, outcome.num_accepted[row])
+            self._calibration.learn(self._found[row], new)
             self.memory.extend(self._streams[row], new)
             if self._states:
                 self._states[row].extend(new)
+
+    def _worthwhile_width(self, plan: Plan) -> int:
+        """The width whose drafts bring most beyond what they cost; 1 where none pays."""
+        survivals = [list(map(self._calibration.survival, d.scores)) for d in self._found]
+        num_active = max(self._rows.host_done.count(False), 1)
+        longest = max(map(len, survivals))
+        best_width, best_gain = 1, 0.0
+        for width in _widths(plan.width):
+            price = plan.prices.get(width, DEFAULT_NODE_PRICE * (width - 1))
+            gain = sum(sum(found[: width - 1]) for found in survivals) / num_active - price
+            if longest and gain > best_gain:
+                best_width, best_gain = width, gain
+            if width > longest:
+                break
+        return best_width
 
     def _draft(self, row: int, budget: int) -> Draft:
         draft = self.memory.draft(self._streams[row], budget, branching=self._branching)
@@ -138,42 +148,11 @@ def _close(memory: NgramTrie, stream: int) -> None:
     memory.close_stream(stream)
 
 
+def _widths(widest: int) -> list[int]:
+    """The widths to choose from: a step costs what its bucket costs, so rows fill one."""
+    return [width for width in BUCKETS if 1 < width < widest] + [widest]
+
+
 def _first(draft: Draft, count: int) -> Draft:
     """The first nodes of a draft; parents come first, so they are a draft themselves."""
     return Draft(draft.tokens[:count], draft.parents[:count], draft.match_length)
-
-
-class _Trust:
-    """Chance that a copied token is right, learned for each length of the matched context.
-
-    A draft whose first k tokens held has a context of ``match_length + k`` tokens, so one table
-    by context length gives the survival of every node.
-    """
-
-    def __init__(self) -> None:
-        self._tried = [_PRIOR] * (len(_CLASSES) + 1)
-        lengths = (*_CLASSES, 2 * _CLASSES[-1])
-        self._held = [_PRIOR * length / (length + 2) for length in lengths]
-
-    def worth(self, draft: Draft, min_survival: float) -> int:
-        """How many nodes survive often enough to be worth their verification."""
-        if draft.parents != list(range(-1, len(draft) - 1)):
-            return sum(score >= min_survival for score in draft.scores)
-        survival = 1.0
-        for depth in range(len(draft)):
-            context = _class_of(draft.match_length + depth)
-            survival *= self._held[context] / self._tried[context]
-            if survival < min_survival:
-                return depth
-        return len(draft)
-
-    def learn(self, match_length: int, num_levels: int, num_accepted: int) -> None:
-        """Counts how many levels of a draft held; the first that did not is a failure."""
-        for depth in range(min(num_accepted + 1, num_levels)):
-            context = _class_of(match_length + depth)
-            self._tried[context] += 1
-            self._held[context] += depth < num_accepted
-
-
-def _class_of(length: int) -> int:
-    return bisect.bisect_left(_CLASSES, length)

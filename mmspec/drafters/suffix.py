@@ -20,7 +20,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from mmspec.drafters.trie import Draft, confidence, grow_tree, require_at_least, require_tokens
+from mmspec.drafters.drafts import Draft, grow_tree, require_at_least, require_tokens
 
 #: Ends every document in the corpus; no token has this id, so no match and no draft crosses it.
 SEPARATOR = -1
@@ -400,73 +400,6 @@ class MatchState:
             if target != _NONE:
                 state, length = target, length + 1
         self._state, self._length = state, length
-
-
-def merge(drafts: Sequence[Draft], budget: int) -> Draft:
-    """Merges drafts for the same root into one tree under a node budget.
-
-    Nodes with the same token under the same parent become one, with the higher score. The best
-    nodes are kept; a node never scores above its parent, so the kept ones form a tree. Among equal
-    scores the earlier draft, and the earlier node in it, comes first.
-
-    Args:
-        drafts: Drafts to merge, the preferred ones first.
-        budget: Most nodes to keep.
-
-    Returns:
-        The tree, best node first, with the longest of the match lengths.
-
-    Raises:
-        ValueError: If the budget is negative, a parent does not come before its child, or a score
-            lies outside [0, 1].
-
-    Example:
-        >>> tree = merge([Draft.chain([5, 6, 7], 4), Draft.chain([5, 8], 2)], budget=4)
-        >>> tree.tokens, tree.parents  # 5: 4/5, 6: 4/6, 7: 4/7, 8: 2/4
-        ([5, 6, 7, 8], [-1, 0, 1, 0])
-    """
-    require_at_least("budget", budget, 0)
-    slots: dict[tuple[int, int], int] = {}
-    tokens: list[int] = []
-    parents: list[int] = []
-    scores: list[float] = []
-    for draft in drafts:
-        own_slots: list[int] = []
-        node_scores = draft.scores or _default_scores(draft)
-        for i, (token, parent, score) in enumerate(
-            zip(draft.tokens, draft.parents, node_scores, strict=True)
-        ):
-            if not (-1 <= parent < i and 0 <= score <= 1):
-                raise ValueError(
-                    "a parent must be -1 or come before its child, and a score lie in [0, 1], "
-                    f"got parent {parent} and score {score} at node {i}"
-                )
-            above = own_slots[parent] if parent >= 0 else -1
-            score = min(score, scores[above]) if above >= 0 else score
-            slot = slots.setdefault((above, token), len(tokens))
-            if slot == len(tokens):
-                tokens.append(token)
-                parents.append(above)
-                scores.append(score)
-            elif score > scores[slot]:
-                scores[slot] = score
-            own_slots.append(slot)
-    # The sort is stable and a parent was entered before its children, so parents stay first.
-    kept = sorted(range(len(tokens)), key=lambda slot: -scores[slot])[:budget]
-    packed = {slot: i for i, slot in enumerate(kept)} | {-1: -1}
-    return Draft(
-        [tokens[slot] for slot in kept],
-        [packed[parents[slot]] for slot in kept],
-        max((draft.match_length for draft in drafts), default=0),
-        [scores[slot] for slot in kept],
-    )
-
-
-def _default_scores(draft: Draft) -> list[float]:
-    depths: list[int] = []
-    for parent in draft.parents:
-        depths.append(depths[parent] + 1 if 0 <= parent < len(depths) else 1)
-    return [confidence(draft.match_length, depth) for depth in depths]
 
 
 def _check_arrays(arrays: dict[str, np.ndarray], path: str) -> None:

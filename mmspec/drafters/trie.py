@@ -17,140 +17,29 @@ matching (Cleary and Witten 1984). Laziness and the closed form of the confidenc
 """
 
 import heapq
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
-from itertools import count, islice
-from operator import index
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any
 
-PlaceT = TypeVar("PlaceT")
+from mmspec.drafters.drafts import Draft, grow_tree, require_at_least, require_tokens
 
 # Children of one node that a tree looks at: a very common token has thousands of followers.
 _MAX_SCANNED_CHILDREN = 32
 # Match lengths that a tree draws from; each further one has a several times smaller share.
 _MAX_ANCHORS = 4
+# Tokens of a scope that are drafted without any context, the most frequent ones.
+_MAX_COMMON = 32
 # A place is one int: text id times the stride, plus the offset in the text.
 _STRIDE = 1 << 32
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A drafted chain or tree, packed parents first; the root itself is not in it.
-
-    Attributes:
-        tokens: Token of every node.
-        parents: Index of every node's parent, smaller than its own; -1 is the root, the last token
-            of the stream.
-        match_length: Tokens of the stream that matched an earlier text, for the longest match.
-        scores: Confidence of every node in [0, 1], roughly the chance that it is accepted; empty
-            stands for `confidence` at every node's depth.
-
-    Raises:
-        ValueError: If the lists differ in length.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    match_length: int = 0
-    scores: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        size = len(self.tokens)
-        if len(self.parents) != size or len(self.scores) not in (0, size):
-            raise ValueError(
-                f"a draft needs one parent per token and one score per token or none, got {size} "
-                f"tokens, {len(self.parents)} parents and {len(self.scores)} scores"
-            )
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def is_chain(self) -> bool:
-        """True where every node follows the one before it."""
-        return self.parents == list(range(-1, len(self.parents) - 1))
-
-    @classmethod
-    def chain(cls, tokens: list[int], match_length: int = 0) -> "Draft":
-        """Makes the draft that is one path, nearest token first, with `confidence` as scores."""
-        scores = [confidence(match_length, depth) for depth in range(1, len(tokens) + 1)]
-        return cls(tokens, list(range(-1, len(tokens) - 1)), match_length, scores)
-
-
-def confidence(match_length: int, depth: int) -> float:
-    """Returns the chance that a copied continuation still holds at a depth, counted from 1.
-
-    A context of m tokens is trusted with m / (m + 2), fitted on source code. It grows by one with
-    every token that holds, so the product telescopes: m (m + 1) / ((m + depth) (m + depth + 1)).
-    """
-    reached = match_length + depth
-    return match_length * (match_length + 1) / (reached * (reached + 1))
-
-
-def grow_tree(
-    anchors: Iterable[tuple[int, PlaceT]],
-    followers: Callable[[PlaceT, tuple[int, ...]], list[tuple[int, float, PlaceT]]],
-    *,
-    budget: int,
-    max_depth: int,
-    branching: int,
-) -> Draft:
-    """Grows one merged tree, the most confident node first, in O(nodes · branching · log) time.
-
-    Args:
-        anchors: Matched lengths and their places in the source of tokens, the longest first.
-        followers: Given a place and the path of tokens that led there from the root, lists what
-            may follow: token, share among the followers, place after it.
-        budget: Most nodes.
-        max_depth: Longest path, in tokens; at least 1.
-        branching: Most children of one node, the root included.
-
-    Returns:
-        The tree in the order in which it grew, so that the scores do not rise.
-    """
-    tokens: list[int] = []
-    parents: list[int] = []
-    scores: list[float] = []
-    slots: dict[tuple[int, ...], int] = {(): -1}
-    num_children: defaultdict[int, int] = defaultdict(int)
-    heap: list[tuple[float, int, int, tuple[int, ...], PlaceT]] = []
-    ticks = count()
-
-    def push(score: float, path: tuple[int, ...], length: int, place: PlaceT) -> None:
-        trusted = score * confidence(length, 1)
-        for token, share, after in followers(place, path):
-            item = (-trusted * share, next(ticks), length + 1, (*path, token), after)
-            heapq.heappush(heap, item)
-
-    longest, weight = 0, 1.0
-    for length, place in anchors:
-        longest = longest or length
-        push(weight, (), length, place)
-        weight *= 1 - confidence(length, 1)
-    while heap and len(tokens) < budget:
-        negative, _, length, path, place = heapq.heappop(heap)
-        if path not in slots:
-            parent = slots[path[:-1]]
-            if num_children[parent] == branching:
-                continue
-            num_children[parent] += 1
-            slots[path] = len(tokens)
-            tokens.append(path[-1])
-            parents.append(parent)
-            scores.append(-negative)
-        if len(path) < max_depth:
-            push(-negative, path, length, place)
-    return Draft(tokens, parents, longest, scores)
 
 
 class _Node:
     """An n-gram: the path from the root.
 
     A leaf has no ``children``. ``next`` is the place of the token after the occurrence that was
-    continued last, -1 if none was. ``parent`` is `_EVICTED` once evicted; a root is its own
-    parent, its ``token`` is its scope and its ``count`` the number of its open streams.
+    continued last, -1 if none was. ``parent`` is `_EVICTED` once evicted.
     """
 
     __slots__ = ("children", "count", "next", "parent", "token")
@@ -163,6 +52,33 @@ class _Node:
         self.count = 1
 
 
+class _Root(_Node):
+    """The n-gram of length 0 of a scope.
+
+    It is its own parent, its ``token`` is the scope and its ``count`` the number of open streams.
+    ``common`` holds its most frequent children, ``total`` is how many tokens it has seen.
+    """
+
+    __slots__ = ("common", "total")
+
+    def __init__(self, scope: Hashable) -> None:
+        super().__init__(None, scope)
+        self.children = {}
+        self.common: dict[int, _Node] = {}
+        self.total = 0
+        self.count = 0
+
+    def rank(self, child: _Node) -> None:
+        """Counts an occurrence of a child; it may be one of the most frequent now."""
+        self.total += 1
+        if len(self.common) == _MAX_COMMON and child.token not in self.common:
+            least = min(self.common.values(), key=lambda other: other.count)
+            if least.count >= child.count:
+                return
+            del self.common[least.token]
+        self.common[child.token] = child
+
+
 _NO_CHILDREN: dict[int, _Node] = {}  # shared by all leaves, never written to
 _EVICTED = _Node(None, None)
 
@@ -172,7 +88,7 @@ class _Stream:
 
     __slots__ = ("anchors", "base", "root", "tokens")
 
-    def __init__(self, root: _Node, base: int) -> None:
+    def __init__(self, root: _Root, base: int) -> None:
         self.root = root
         self.base = base
         self.tokens: list[int] = []
@@ -211,7 +127,7 @@ class NgramTrie:
         self._max_match = require_at_least("max_match", max_match, 1)
         self._max_draft = require_at_least("max_draft", max_draft, 1)
         self._max_nodes = require_at_least("max_nodes", max_nodes, 1)
-        self._roots: dict[Hashable, _Node] = {}
+        self._roots: dict[Hashable, _Root] = {}
         self._streams: dict[int, _Stream] = {}
         self._texts: dict[int, list[int]] = {}
         self._closed: deque[int] = deque()
@@ -239,9 +155,7 @@ class NgramTrie:
         self._num_opened += 1
         root = self._roots.get(scope)
         if root is None:
-            root = self._roots[scope] = _Node(None, scope)
-            root.children = {}
-            root.count = 0
+            root = self._roots[scope] = _Root(scope)
         root.count += 1
         stream = _Stream(root, stream_id * _STRIDE)
         self._streams[stream_id] = stream
@@ -304,8 +218,9 @@ class NgramTrie:
         A chain is the text after the longest match. Where that runs into the stream's own end, it
         goes on as if the stretch in between repeated: after ``7 8 9 7`` comes ``8 9 7 8 9 ...``.
         A tree starts from the same continuation and adds those of other occurrences and of shorter
-        matches, the most confident first; among followers of one context the latest gets half of
-        the confidence, and the other half is shared by frequency.
+        matches, down to no match at all (the most frequent tokens), the most confident first;
+        among followers of one context the latest gets half of the confidence, and the other half
+        is shared by frequency.
 
         Args:
             stream: Id of an open stream.
@@ -314,7 +229,7 @@ class NgramTrie:
             branching: Most children of one node; 1 gives the chain.
 
         Returns:
-            The draft, empty without a match.
+            The draft; a chain is empty without a match.
 
         Raises:
             ValueError: If no open stream has this id, or a number is no whole one or too small.
@@ -336,7 +251,10 @@ class NgramTrie:
         # The longest match of each frequency: a shorter one has the very same occurrences.
         by_count = {node.count: (length, node) for length, node in reversed(list(matches))}
         anchors = sorted(by_count.values(), key=lambda anchor: -anchor[0])[:_MAX_ANCHORS]
-        places = [(length, node if node.children else node.next) for length, node in anchors]
+        places: list[tuple[int, _Node | int]] = [
+            (length, node if node.children else node.next) for length, node in anchors
+        ]
+        places.append((0, own.root))
         return grow_tree(places, followers, budget=budget, max_depth=depth, branching=branching)
 
     def _stream(self, stream: int) -> _Stream:
@@ -374,6 +292,12 @@ class NgramTrie:
                 return [(text[offset], 1.0, place + 1)]
             # Past the stream's own end come the tokens drafted so far, as in `_copy`.
             return [(path[offset - len(text)], 1.0, place + 1)] if text is stream.tokens else []
+        if isinstance(place, _Root):
+            common = heapq.nlargest(limit, place.common.values(), key=lambda child: child.count)
+            return [
+                (child.token, child.count / place.total, child if child.children else child.next)
+                for child in common
+            ]
         text = self._texts.get(place.next // _STRIDE, [])
         latest = text[place.next % _STRIDE] if text else -1
         scanned = dict(islice(reversed(place.children.items()), _MAX_SCANNED_CHILDREN))
@@ -411,6 +335,8 @@ class NgramTrie:
                     if not child.children:
                         self._leaves.move_to_end(child)
             anchors[depth + 1] = child
+        # Always there: the cursor of length 0 ends nowhere.
+        stream.root.rank(stream.root.children[token])
         while anchors[-1] is None:
             anchors.pop()
 
@@ -458,14 +384,15 @@ class NgramTrie:
         leaf.parent = _EVICTED
         self._num_nodes -= 1
         del parent.children[leaf.token]
-        if parent.parent is parent:
+        if isinstance(parent, _Root):
+            parent.common.pop(leaf.token, None)
             self._forget_if_empty(parent)
         elif not parent.children:
             parent.children = _NO_CHILDREN
             self._leaves[parent] = None
             self._leaves.move_to_end(parent, last=False)
 
-    def _forget_if_empty(self, root: _Node) -> None:
+    def _forget_if_empty(self, root: _Root) -> None:
         if not (root.children or root.count):
             self._roots.pop(root.token, None)
 
@@ -477,21 +404,3 @@ class NgramTrie:
             for token in stream.tokens[-length:]:
                 node = node.children.get(token) if node else None
             stream.anchors.append(node or _EVICTED)
-
-
-def require_at_least(name: str, value: int, least: int) -> int:
-    """Returns the value, or raises ValueError if it is no whole number or too small."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
-
-
-def require_tokens(tokens: Iterable[int]) -> list[int]:
-    """Returns the tokens as plain ints, or raises ValueError if one is not, or is negative."""
-    try:
-        checked = list(map(index, tokens))
-    except TypeError as error:
-        raise ValueError(f"tokens must be whole numbers, got {tokens!r}") from error
-    if checked and min(checked) < 0:
-        raise ValueError(f"tokens must be at least 0, got {min(checked)}")
-    return checked

@@ -9,8 +9,8 @@ from tiny import SHAPE, VOCAB
 import mmspec
 from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.forward import text_device
+from mmspec.noise import row_keys
 from mmspec.rows import TokenRows
-from mmspec.sampling import row_keys
 
 NUM_NEW = 18
 PAD = VOCAB - 1

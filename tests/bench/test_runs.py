@@ -93,14 +93,12 @@ def test_image(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == line
     rows = {(r["guidance"], r["system"]): r for r in line["rows"] if r["type"] == "row"}
     assert rows[3.0, "generate"]["num_forwards_per_call"] == 64
-    assert rows[3.0, "sequential"]["num_forwards_per_call"] == 65  # the prefill is one more
+    assert rows[3.0, "sequential"]["num_forwards_per_call"] == 64
     assert rows[3.0, "exact_w8"]["equal_sequential"] == 1
     assert rows[3.0, "sjd_w8"]["guarantee"] == "distribution"
     assert rows[1.0, "exact_w8"]["yardstick"] is None
-    assert {r["system"] for r in line["rows"] if r["type"] == "quality"} >= {
-        "generate",
-        "exact_w16",
-    }
+    judged = {r["system"] for r in line["rows"] if r["type"] == "quality"}
+    assert judged == {"sequential", "exact_w8", "coupled_w8", "sjd_w8"}
     assert "float64 T=1 guidance 3 batch 2: 1 captions that do not fill a batch" in line["left_out"]
 
 
@@ -110,6 +108,20 @@ def test_greedy_images_are_those_of_generate(tmp_path):
     line = image.run(**options, temperature=0.0, decoders="sequential,exact", out=tmp_path)
     rows = [r for r in line["rows"] if r["type"] == "row"]
     assert [r["equal_generate"] for r in rows] == [1.0] * 4
+
+
+@needs_captions
+def test_quality_alone_takes_every_caption(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(image, "QUALITY_BATCH", 2)
+    options = IMAGE | {"prompts": 0, "quality": 3, "decoders": "exact", "window": "8"}
+    line = image.run(**options, quality_generate=True, out=tmp_path)
+    assert {(r["type"], r["system"], r["num_images"]) for r in line["rows"]} == {
+        ("quality", system, 3) for system in ("generate", "generate_dynamic", "exact_w8")
+    }
+    assert line["left_out"] == []
+    samples = (tmp_path / "image.jsonl").read_text()
+    assert image.run(**options, out=tmp_path, minutes=0)["left_out"] == []
+    assert (tmp_path / "image.jsonl").read_text() == samples
 
 
 @needs_captions

@@ -9,8 +9,10 @@ from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.drafters import build_drafter
 from mmspec.drafters.cross_tokenizer import shared_vocabulary
 from mmspec.engine import Engine
+from mmspec.law_config import LawConfig
+from mmspec.noise import row_keys
 from mmspec.rows import TokenRows
-from mmspec.sampling import LawConfig, build_law, row_keys
+from mmspec.sampling import build_law
 from mmspec.schedule import FixedSchedule
 from mmspec.verify import build_rule
 
@@ -92,8 +94,8 @@ def test_a_clone_is_accepted_wholly(monkeypatch, method):
     cycle = letters.encode("the cat sod")  # every letter is followed by the next of these
     monkeypatch.setattr(f"{__name__}.tiny_llama", lambda size, seed: bigram_llama(size, cycle))
     drafted = generate(letters, spec_of(letters, method, same_model=True))
-    # 18 tokens at 5 drafts and a bonus per step.
-    assert drafted.stats.num_target_forwards == 3
+    # 18 tokens: one from the prefill, then 5 drafts and a bonus per step.
+    assert drafted.stats.num_target_forwards == 1 + 3
     assert drafted.units == generate(letters, "none", width=1).units
 
 

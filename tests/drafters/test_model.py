@@ -5,7 +5,7 @@ import torch
 from tiny import VOCAB, make_engine, make_rows, tiny_model
 
 from mmspec.drafters.model import ModelDrafter, first_layers
-from mmspec.sampling import LawConfig
+from mmspec.law_config import LawConfig
 
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11], [3]]
 BUDGETS = [14, 9, 17]

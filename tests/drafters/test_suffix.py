@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from mmspec.drafters.suffix import SEPARATOR, Match, MatchState, SuffixAutomaton, merge
-from mmspec.drafters.trie import Draft
+from mmspec.drafters.drafts import Draft, merge
+from mmspec.drafters.suffix import SEPARATOR, Match, MatchState, SuffixAutomaton
 
 
 def longest_match(text, tokens):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, JanusForConditionalGeneration
 
 from mmspec.assets.avatars.scoring import attribute_accuracy
 
-from .make_data import BUNDLE
+from .captions import BUNDLE, SETS
 
 
 @torch.inference_mode()
@@ -91,6 +91,12 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, help="data of make_data, to check the scorer")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--guidance", type=float, default=3.0, help="above 1")
+    parser.add_argument(
+        "--captions",
+        choices=list(SETS),
+        default="heldout",
+        help="heldout_fresh is for figures that are published, not for decisions",
+    )
     parser.add_argument("--num-captions", type=int, default=200)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +105,7 @@ def main() -> None:
         args.model, dtype=getattr(torch, args.dtype)
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    with (BUNDLE / "heldout.jsonl").open() as lines:
+    with (BUNDLE / f"{args.captions}.jsonl").open() as lines:
         rows = [json.loads(line) for line in lines][: args.num_captions]
     torch.manual_seed(args.seed)
     started = time.monotonic()
@@ -107,6 +113,7 @@ def main() -> None:
     _, images = draw(model, tokenizer, captions, args.guidance)
     report: dict[str, object] = {
         "guidance": args.guidance,
+        "captions": args.captions,
         "num_captions": len(rows),
         "time_s": round(time.monotonic() - started, 1),
         "accuracy": attribute_accuracy(images, [row["attributes"] for row in rows]),

@@ -4,7 +4,7 @@
 
 Needs `node` and `npm` (DiceBear is installed into the work folder) and the Python package
 `resvg_py`. Writes `data.npz`, `attributes.jsonl` and `data.json` (hashes, seed, versions) to the
-work folder, and `heldout.jsonl` and `palette.json` to `assets/avatars/`.
+work folder, and `heldout.jsonl`, `heldout_fresh.jsonl` and `palette.json` to `assets/avatars/`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import io
 import json
 import random
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -23,11 +22,10 @@ import resvg_py
 from PIL import Image
 
 from . import attributes as avatar
+from .captions import BUNDLE, SEED, write_sets
 
 HERE = Path(__file__).resolve().parent
-BUNDLE = HERE.parents[1] / "avatars"
 SIZE = 16
-MIN_HELDOUT_CAPTIONS = 200
 
 
 def install_dicebear(work_dir: Path) -> dict[str, str]:
@@ -113,22 +111,13 @@ def exclusive_votes(codes: np.ndarray, samples: list[avatar.Attributes]) -> dict
     return votes
 
 
-def heldout_captions(triples: set[tuple[str, ...]], rng: random.Random) -> Iterator[dict]:
-    """Yields captions of held-out combinations; each states the whole held-out triple."""
-    while True:
-        sample = avatar.draw_attributes(rng)
-        if avatar.is_heldout(sample, triples):
-            caption, stated = avatar.make_caption(sample, rng, ("hair", "clothing", "glasses"))
-            yield {"caption": caption, "attributes": stated}
-
-
 def main() -> None:
     """Makes everything that the later steps read."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--num-train", type=int, default=80_000)
     parser.add_argument("--num-test", type=int, default=2_000)
-    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     BUNDLE.mkdir(parents=True, exist_ok=True)
@@ -158,13 +147,7 @@ def main() -> None:
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     (args.work_dir / "attributes.jsonl").write_text(lines)
 
-    captions = heldout_captions(triples, random.Random(args.seed + 1))
-    unique: dict[str, dict] = {}
-    while len(unique) < MIN_HELDOUT_CAPTIONS:
-        row = next(captions)
-        unique[row["caption"]] = row
-    heldout = "".join(json.dumps(row) + "\n" for row in unique.values())
-    (BUNDLE / "heldout.jsonl").write_text(heldout)
+    heldout = write_sets(args.seed)
     table = {
         "colors": ["".join(f"{c:02x}" for c in color) for color in palette.tolist()],
         "votes": exclusive_votes(codes[: len(train)], train),
@@ -182,7 +165,7 @@ def main() -> None:
             "codes": hashlib.sha256(codes.tobytes()).hexdigest(),
             "palette": hashlib.sha256(palette.tobytes()).hexdigest(),
             "attributes": hashlib.sha256(lines.encode()).hexdigest(),
-            "heldout": hashlib.sha256(heldout.encode()).hexdigest(),
+            **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in heldout.items()},
         },
     }
     (args.work_dir / "data.json").write_text(json.dumps(record, indent=2) + "\n")
