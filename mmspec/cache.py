@@ -45,7 +45,9 @@ class SlotLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_compileable = True
+    #: transformers builds a mask for every single-token step of a cache that says True, and sdpa
+    #: is slower with one. A compiled forward is given its masks.
+    is_compileable = False
 
     def __init__(self, cursor: _Cursor) -> None:
         """Allocates nothing yet: head count, dtype and device come with the first keys."""

@@ -196,7 +196,8 @@ class SlotForward:
             and (self._window is None or extent < self._window)
         )
         mask = None if is_plain else self._mask(cached_B, ancestors_BNN, depth_BN, extent)
-        if self._max_position is not None:
+        # Padding may stand behind the last position that the model knows.
+        if self._max_position is not None and longest + num_nodes > self._max_position:
             positions_BN = positions_BN.clamp(max=self._max_position - 1)
         arguments: dict[str, Any] = dict(inputs)
         if self._takes_keep and keep is not None:

@@ -126,7 +126,10 @@ class TokenRows:
 
     def positions(self, depth_BN: Tensor) -> Tensor:
         """Absolute position of each node; never past a row's last legal position."""
-        return torch.minimum(self.lengths_B[:, None] - 1 + depth_BN, self.limits_B[:, None] - 1)
+        root_B1 = self.lengths_B[:, None] - 1
+        if depth_BN.shape[1] == 1:
+            return root_B1
+        return torch.minimum(root_B1 + depth_BN, self.limits_B[:, None] - 1)
 
     def choice_noise(self, num_positions: int, vocab_size: int, offset: int = 0) -> Tensor:
         """Gumbel noise of the target's choices behind each row's end, ``[B, N, V]``.
@@ -171,12 +174,12 @@ class TokenRows:
             self.done_B,
             self.eos_E,
         )
-        _append(self.tokens_BT, verdict.emitted_BM, self.lengths_B, count_B)
+        _append(self.tokens_BT, verdict.emitted_BM, self.lengths_B)
         self.lengths_B = self.lengths_B + count_B
         packed = torch.cat(
             [
                 count_B[:, None],
-                done_B[:, None].long(),
+                done_B[:, None],
                 verdict.num_accepted_B[:, None],
                 verdict.emitted_BM,
             ],
@@ -231,19 +234,22 @@ def _cut(
 
     The cut comes after verification, so an end inside a draft loses the drafts behind it.
     """
-    slot = torch.arange(emitted_BM.shape[1], device=emitted_BM.device)
-    count_B = torch.minimum(num_accepted_B + 1, room_B)
-    is_end = (emitted_BM[..., None] == eos_E).any(-1) & (slot < count_B[:, None])
-    first_end_B = torch.where(is_end, slot, emitted_BM.shape[1]).amin(1)
-    ended_B = first_end_B < count_B
-    count_B = torch.where(ended_B, first_end_B + 1, count_B)
-    count_B = torch.where(done_B, 0, count_B)
-    return count_B, done_B | ended_B | (count_B >= room_B)
+    count_B = torch.minimum(num_accepted_B + 1, room_B).masked_fill(done_B, 0)
+    if eos_E.shape[0]:
+        longest = emitted_BM.shape[1]
+        slot = torch.arange(longest, device=emitted_BM.device)
+        is_end = (emitted_BM[..., None] == eos_E).any(-1) & (slot < count_B[:, None])
+        first_end_B = torch.where(is_end, slot, longest).amin(1)
+        count_B = torch.minimum(count_B, first_end_B + 1)
+        done_B = done_B | (first_end_B < longest)
+    return count_B, done_B | (count_B >= room_B)
 
 
-def _append(tokens_BT: Tensor, emitted_BM: Tensor, lengths_B: Tensor, count_B: Tensor) -> None:
-    """Writes each row's kept tokens at its own end, in place."""
+def _append(tokens_BT: Tensor, emitted_BM: Tensor, lengths_B: Tensor) -> None:
+    """Writes what was emitted at each row's own end, in place.
+
+    What a row does not keep is written as well: it lies behind the row's length, where nobody
+    looks, until later tokens take its place.
+    """
     slot = torch.arange(emitted_BM.shape[1], device=emitted_BM.device)
-    target = lengths_B[:, None] + slot
-    old = tokens_BT.gather(1, target)
-    tokens_BT.scatter_(1, target, torch.where(slot < count_B[:, None], emitted_BM, old))
+    tokens_BT.scatter_(1, lengths_B[:, None] + slot, emitted_BM)

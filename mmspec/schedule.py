@@ -137,7 +137,8 @@ class AdaptiveSchedule:
         self._asked = 1
         self._last_plain = 0
         self._elapsed_s = 0.0
-        self._units = 0.0  # per row
+        self._units = 0.0  # of the rows that are behind, which the batch waits for
+        self._row_units: list[int] = []
         self._lost_s = 0.0
         self._gain = 1.0  # of the best width over plain decoding
         self._warned = False
@@ -160,29 +161,38 @@ class AdaptiveSchedule:
         self.costs[record.width].append(record.wall_time_s)
         # A compilation is no measure of the speed: what is usual for the width counts.
         self._elapsed_s += min(record.wall_time_s, self._cost(record.width) or math.inf)
-        units = sum(record.num_emitted) / max(sum(record.was_active), 1)
+        units, behind = self._advance(record)
         self._units += units
         if record.width == 1:
             self._last_plain = self._steps
         if self._asked == 1:
             return
-        num_drafting = sum(
-            levels > 0
-            for levels, on in zip(record.num_levels, record.was_active, strict=True)
-            if on
-        )
+        num_drafting = sum(record.num_levels[row] > 0 for row in behind)
         self._share_of_steps = _blended(self._share_of_steps, num_drafting > 0)
-        if not num_drafting:
+        if num_drafting:
+            self._share_of_rows = _blended(self._share_of_rows, num_drafting / len(behind))
+            levels = sum(record.num_levels[row] for row in behind) / num_drafting
+            self._levels[record.width] = _blended(self._levels.get(record.width, levels), levels)
+            self._count(record, behind)
+        elif record.width == 1:
             return
-        self._share_of_rows = _blended(self._share_of_rows, num_drafting / sum(record.was_active))
-        levels = sum(record.num_levels) / num_drafting
-        self._levels[record.width] = _blended(self._levels.get(record.width, levels), levels)
-        self._count(record)
         plain, cost = self._cost(1), self._cost(record.width)
         if plain is not None and cost is not None:
             lost_s = self._lost_s + cost - units * plain
             # A free drafter's loss is one of its guesses; it may spend what the others gained.
             self._lost_s = lost_s if self._is_free else max(lost_s, 0.0)
+
+    def _advance(self, record: StepRecord) -> tuple[int, list[int]]:
+        """Units by which the batch has come closer to its end, and the rows it waits for."""
+        if not self._row_units:
+            self._row_units = [0] * len(record.num_emitted)
+        behind = rows_behind(self._row_units, record.was_active)
+        active = [row for row, on in enumerate(record.was_active) if on]
+        before = min((self._row_units[row] for row in active), default=0)
+        self._row_units = [
+            units + new for units, new in zip(self._row_units, record.num_emitted, strict=True)
+        ]
+        return min((self._row_units[row] for row in active), default=0) - before, behind
 
     def _is_plain_due(self) -> bool:
         if self._is_free:
@@ -226,9 +236,8 @@ class AdaptiveSchedule:
         cost = self._cost(width)
         return units / (drafting * (plain if cost is None else cost) + (1.0 - drafting) * plain)
 
-    def _count(self, record: StepRecord) -> None:
-        rows = zip(record.num_accepted, record.num_levels, record.was_active, strict=True)
-        drafted = [(accepted, levels) for accepted, levels, on in rows if on]
+    def _count(self, record: StepRecord, behind: Sequence[int]) -> None:
+        drafted = [(record.num_accepted[row], record.num_levels[row]) for row in behind]
         for depth in range(max(record.num_levels)):
             tried = [a for a, levels in drafted if levels > depth and a >= depth]
             if not tried:
@@ -301,6 +310,17 @@ class AdaptiveSchedule:
             1e3 * (self._cost(width) or 0.0),
             1e3 * plain,
         )
+
+
+def rows_behind(units: Sequence[int], is_active: Sequence[bool]) -> list[int]:
+    """The active rows with the fewest units so far, or nearly so: a batch ends when they do.
+
+    What drafts bring the other rows ends those rows earlier and the batch not at all, while wide
+    steps cost all rows.
+    """
+    active = [row for row, on in enumerate(is_active) if on]
+    least = min((units[row] for row in active), default=0)
+    return [row for row in active if units[row] <= 1.1 * least + 1]
 
 
 def _blended(old: float, new: float, weight: float = 0.1) -> float:

@@ -14,6 +14,7 @@ and if the rule chooses 7 after node 0, 9 after node 1 and 6 after node 3, the a
 Shape suffixes as in `mmspec.records`.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -76,10 +77,16 @@ def pack_chain(
     )
 
 
+@functools.lru_cache(maxsize=32)
+def _lone_root(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Index 0 and "yes" for the only node of each row; plain decoding asks in every step."""
+    zeros_B1 = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
+    return zeros_B1, torch.ones_like(zeros_B1, dtype=torch.bool)
+
+
 def pack_roots(roots_B: Int[Tensor, "B"]) -> Proposal:
     """No drafts: plain decoding of one token per row, with nothing to compute."""
-    zeros_B1 = torch.zeros_like(roots_B)[:, None]
-    true_B1 = torch.ones_like(zeros_B1, dtype=torch.bool)
+    zeros_B1, true_B1 = _lone_root(roots_B.shape[0], roots_B.device)
     none = (0,) * roots_B.shape[0]
     return Proposal(
         tokens_BN=roots_B[:, None],

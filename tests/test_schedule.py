@@ -149,6 +149,30 @@ def test_a_batch_counts_rows_that_are_done_as_nothing():
     assert schedule.plan().width == 8
 
 
+def test_a_batch_is_as_fast_as_its_slowest_row():
+    """One row accepts everything, the other nothing: wide steps would end the batch later."""
+    schedule = AdaptiveSchedule(8, endless)
+    widths = []
+    for _ in range(200):
+        width = schedule.plan().width
+        widths.append(width)
+        schedule.observe(
+            StepRecord(
+                index=0,
+                width=width,
+                num_drafted=(width - 1, width - 1),
+                num_levels=(width - 1, width - 1),
+                num_accepted=(width - 1, 0),
+                num_emitted=(width, 1),
+                was_active=(True, True),
+                draft_time_s=0.0,
+                verify_time_s=1.0 + 0.2 * width,
+                other_time_s=0.0,
+            )
+        )
+    assert widths[20:].count(1) > 150
+
+
 @pytest.mark.parametrize("make", [FixedSchedule, AdaptiveSchedule])
 def test_width_is_clamped_at_the_end_of_the_rows(make):
     left = [100]

@@ -14,6 +14,7 @@ from mmspec.drafters.suffix import MatchState, SuffixAutomaton
 from mmspec.drafters.trie import NgramTrie
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
+from mmspec.schedule import rows_behind
 from mmspec.tree import BUCKETS, pack_trees
 
 #: Units that a node must bring until it has been measured what nodes cost.
@@ -118,13 +119,17 @@ class NgramDrafter:
 
     def _worthwhile_width(self, plan: Plan) -> int:
         """The width whose drafts bring most beyond what they cost; 1 where none pays."""
-        survivals = [list(map(self._calibration.survival, d.scores)) for d in self._found]
-        num_active = max(self._rows.host_done.count(False), 1)
-        longest = max(map(len, survivals))
+        rows = self._rows
+        made = [len(rows.new_tokens(row)) for row in range(rows.num_rows)]
+        behind = rows_behind(made, [not done for done in rows.host_done])
+        survivals = [
+            list(map(self._calibration.survival, self._found[row].scores)) for row in behind
+        ]
+        longest = max(map(len, survivals), default=0)
         best_width, best_gain = 1, 0.0
         for width in _widths(plan.width):
             price = plan.prices.get(width, DEFAULT_NODE_PRICE * (width - 1))
-            gain = sum(sum(found[: width - 1]) for found in survivals) / num_active - price
+            gain = sum(sum(found[: width - 1]) for found in survivals) / max(len(behind), 1) - price
             if longest and gain > best_gain:
                 best_width, best_gain = width, gain
             if width > longest:

@@ -77,6 +77,20 @@ def test_rows_share_the_width_that_pays_for_all():
     assert width(beside, 8, prices) == 1
 
 
+def test_a_row_that_is_ahead_does_not_make_the_batch_wait_for_wide_steps():
+    """A batch ends with its slowest row, so what others would gain is no reason for a wide step."""
+    prices = {2: 0.4, 4: 0.5, 8: 0.6}
+    drafter, rows = drafter_of(COPY, [20, 21, 22, 23])
+    assert width(drafter, 1) == 1
+    commit(drafter, rows, [4, 5, 6, 7, 8, 9], [31])
+    assert width(drafter, 8, prices) == 1
+    assert width(drafter, 8, dict.fromkeys((2, 4, 8), 0.0)) == 8
+    ahead, other = drafter_of(COPY, [20, 21, 22, 23])
+    assert width(ahead, 1) == 1
+    commit(ahead, other, [4], [31, 32, 33, 34, 35, 36])
+    assert width(ahead, 8, prices) == 8
+
+
 def test_drafts_that_fail_are_soon_not_worth_it():
     drafter, rows = drafter_of([*range(1, 10)] * 2)
     prices = {2: 0.5, 4: 0.6, 8: 0.8}
