@@ -6,6 +6,7 @@ share every draft. What differs between model families is in `FAMILIES`.
 
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,15 @@ class ImageFamily(Protocol):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes ``[B, num_image_tokens]`` to pixels ``[B, height, width, 3]`` in [0, 1]."""
+
+    # A family may also have
+    #   position_ids(positions_BN, prompt_lengths_B): positions as its backbone counts them,
+    #       ``[..., B, N]``; without it a token's position is its place in the row;
+    #   prepare(processor, prompts, height, width): the family bound to a size, and each prompt's
+    #       token ids; without it images have one size and the pipeline makes the ids;
+    #   default_guidance: the scale of a call that names none;
+    #   map_shape: rows and columns of the picture, if it is not all of the codes but the last;
+    #   no_pixels: why there is no `decode`.
 
 
 class JanusFamily:
@@ -90,8 +100,11 @@ class JanusFamily:
         return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
 
 
-#: Model type -> family. Other classes are refused by name.
-FAMILIES = {"janus": JanusFamily}
+#: Model type -> "module:class", imported on first use. Other classes are refused by name.
+FAMILIES = {
+    "glm_image": "mmspec.adapters.image_glm:GlmImageFamily",
+    "janus": "mmspec.adapters.token_image:JanusFamily",
+}
 
 
 def image_family(model: Any) -> ImageFamily:
@@ -106,7 +119,8 @@ def image_family(model: Any) -> ImageFamily:
             f"{type(model).__name__} ({kind}) is not a known image model; "
             f"known: {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[kind](model)
+    module, _, name = FAMILIES[kind].partition(":")
+    return getattr(import_module(module), name)(model)
 
 
 class TokenImageTarget:
@@ -189,7 +203,7 @@ class TokenImageTarget:
             host_cached=[len(tokens) - 1 for tokens in rows.host_tokens] * self._copies,
             depth_BN=self._copied(proposal.depth_BN),
             ancestors_BNN=self._copied(proposal.ancestors_BNN),
-            positions_BN=self._copied(positions_BN),
+            positions_BN=self._position_ids(positions_BN),
             is_chain=proposal.is_chain,
         )
         logits = self._family.head(output.last_hidden_state)
@@ -230,6 +244,13 @@ class TokenImageTarget:
             embeds[:, 0] = torch.where(fresh_B, root[:, 0], embeds[:, 0])
         return embeds
 
-    def _copied(self, tensor: Tensor) -> Tensor:
+    def _position_ids(self, positions_BN: Tensor) -> Tensor:
+        """Positions as the backbone counts them, for all copies; rows are the last axis but one."""
+        count = getattr(self._family, "position_ids", None)
+        if count is not None:
+            positions_BN = count(positions_BN, self.rows.prompt_lengths_B)
+        return self._copied(positions_BN, axis=-2)
+
+    def _copied(self, tensor: Tensor, axis: int = 0) -> Tensor:
         """Once per guidance copy, conditional rows first."""
-        return torch.cat([tensor] * self._copies) if self._is_guided else tensor
+        return torch.cat([tensor] * self._copies, dim=axis) if self._is_guided else tensor
