@@ -59,3 +59,41 @@ def glm_processor() -> GlmImageProcessor:
                               "grid_eos_token": "<eop>"},
     )  # fmt: skip
     return GlmImageProcessor(GlmImageImageProcessor(), fast, chat_template=TEMPLATE)
+
+
+def glm_pipe(model=None, *, num_train_timesteps=10):
+    """diffusers' whole pipeline around a tiny model; a picture of 64 pixels has 4 codes."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        GlmImagePipeline,
+        GlmImageTransformer2DModel,
+    )
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    torch.manual_seed(1)
+    text_config = T5Config(
+        vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    transformer = GlmImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, text_embed_dim=16, time_embed_dim=16, condition_dim=8,
+        prior_vq_quantizer_codebook_size=CODES,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8, 8, 8), in_channels=3, out_channels=3, layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=4, norm_num_groups=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    pipe = GlmImagePipeline(
+        tokenizer=ByT5Tokenizer(),
+        processor=glm_processor(),
+        text_encoder=T5EncoderModel(text_config).eval(),
+        vision_language_encoder=glm_model() if model is None else model,
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

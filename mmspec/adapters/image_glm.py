@@ -7,7 +7,7 @@ to one request; the model is only read. Shape suffixes as in `mmspec.records`, a
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,15 @@ from torch import Tensor
 
 from mmspec.checks import is_integer, require
 from mmspec.forward import text_device
+from mmspec.rows import TokenRows
 
 #: Pixels per code and side.
 PIXELS_PER_CODE = 32
 DEFAULT_SIDE = 1024
 _DEFAULT_GRIDS = ((16, 16), (32, 32))
+
+#: What `generate` is given for this model besides the inputs of a plain decoder.
+GENERATE_INPUTS = frozenset({"image_grid_thw", "images_per_sample", "mm_encoder_outputs"})
 
 Grid = tuple[int, int]
 
@@ -35,7 +39,10 @@ class GlmImageFamily:
         map_shape: Rows and columns of the last grid, which is the image.
     """
 
-    default_guidance = 1.0
+    no_guidance = (
+        "GLM-Image writes its codes without guidance, so guidance_scale must be 1; the scale of "
+        "GlmImagePipeline belongs to its diffusion stage"
+    )
     no_pixels = (
         "GLM-Image has no pixel decoder in transformers: use output_type='tokens', or "
         "mmspec.pipelines.accelerate(pipe) for diffusers' GlmImagePipeline, which paints the codes"
@@ -98,10 +105,9 @@ class GlmImageFamily:
             inputs = processor.apply_chat_template(
                 [[{"role": "user", "content": [{"type": "text", "text": text}]}]],
                 tokenize=True,
-                target_h=height,
-                target_w=width,
                 return_dict=True,
                 return_tensors="pt",
+                processor_kwargs={"target_h": height, "target_w": width},
             )
             rows.append(inputs["input_ids"][0].tolist())
             family = self.with_grids(inputs["image_grid_thw"], inputs["images_per_sample"])
@@ -125,10 +131,7 @@ class GlmImageFamily:
         Raises:
             ValueError: Always.
         """
-        raise ValueError(
-            "GLM-Image writes its codes without guidance, so guidance_scale must be 1; the scale "
-            "of GlmImagePipeline belongs to its diffusion stage"
-        )
+        raise ValueError(self.no_guidance)
 
     def position_ids(self, positions_BN: Tensor, prompt_lengths_B: Tensor) -> Tensor:
         """Text counts on all axes alike; codes lie on their grid behind it, ``[A, B, N]``.
@@ -157,6 +160,32 @@ class GlmImageFamily:
         self.num_image_tokens = sum(height * width for height, width in self.grids)
         self.grid_width = self.map_shape[1]
         self._offsets_AT = _grid_offsets(self.grids).to(text_device(self._model))
+
+
+def place_in_generate(
+    model: Any, rows: TokenRows, inputs: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor] | None:
+    """Positions of a request that came through `generate`; None where it names no grids.
+
+    Args:
+        model: The loaded model.
+        rows: The rows of the request.
+        inputs: What `generate` passes on.
+
+    Raises:
+        ValueError: On source images, images of several sizes, or a cache of the caller's.
+    """
+    if inputs.get("mm_encoder_outputs"):
+        raise ValueError("source images (pixel_values) are not supported for GLM-Image")
+    if getattr(inputs.get("past_key_values"), "_is_user_defined", False):
+        raise ValueError("past_key_values must be left out for GLM-Image; each image starts anew")
+    grids, counts = inputs.get("image_grid_thw"), inputs.get("images_per_sample")
+    if grids is None:
+        return None
+    if counts is None:
+        counts = torch.tensor([len(grids)])
+    family = GlmImageFamily(model).with_grids(grids, counts)
+    return lambda positions_BN: family.position_ids(positions_BN, rows.prompt_lengths_B)
 
 
 def _grid_offsets(grids: Sequence[Grid]) -> Tensor:

@@ -46,9 +46,8 @@ class ImageFamily(Protocol):
     #       ``[..., B, N]``; without it a token's position is its place in the row;
     #   prepare(processor, prompts, height, width): the family bound to a size, and each prompt's
     #       token ids; without it images have one size and the pipeline makes the ids;
-    #   default_guidance: the scale of a call that names none;
     #   map_shape: rows and columns of the picture, if it is not all of the codes but the last;
-    #   no_pixels: why there is no `decode`.
+    #   no_guidance, no_pixels: why there is no `unconditional`, no `decode`.
 
 
 class JanusFamily:
@@ -150,10 +149,14 @@ class TokenImageTarget:
             compile: Compile the step's forward.
 
         Raises:
-            ValueError: If the scale is negative or a row does not fit the context.
+            ValueError: If the scale is negative, the family has no guidance, or a row does not fit
+                the context.
         """
         if not guidance_scale >= 0:
             raise ValueError(f"guidance_scale must be >= 0, got {guidance_scale}")
+        no_guidance = getattr(family, "no_guidance", None)
+        if no_guidance is not None and guidance_scale != 1:
+            raise ValueError(f"{no_guidance}, got {guidance_scale}")
         check_fits(family.backbone, rows)
         self.rows = rows
         self.vocab_size = family.codebook_size
@@ -166,6 +169,7 @@ class TokenImageTarget:
             num_rows=rows.num_rows * self._copies,
             capacity=rows.capacity,
             compile=compile,
+            place=self._place if hasattr(family, "position_ids") else None,
         )
         self._first_logits: Tensor | None = None
 
@@ -203,7 +207,7 @@ class TokenImageTarget:
             host_cached=[len(tokens) - 1 for tokens in rows.host_tokens] * self._copies,
             depth_BN=self._copied(proposal.depth_BN),
             ancestors_BNN=self._copied(proposal.ancestors_BNN),
-            positions_BN=self._position_ids(positions_BN),
+            positions_BN=self._copied(positions_BN),
             is_chain=proposal.is_chain,
         )
         logits = self._family.head(output.last_hidden_state)
@@ -221,6 +225,11 @@ class TokenImageTarget:
                 self._copied(verdict.path_BM[:, : longest + 1]), cached_B
             )
         return outcome
+
+    def _place(self, positions_BN: Tensor) -> Tensor:
+        """Position ids of all copies, as the family counts them."""
+        prompt_lengths_B = self._copied(self.rows.prompt_lengths_B)
+        return self._family.position_ids(positions_BN, prompt_lengths_B)  # type: ignore[attr-defined]
 
     def _guided(self, logits: Tensor) -> Tensor:
         """One law per image, ``[B, N, V]``, from the logits of all copies."""
@@ -244,13 +253,6 @@ class TokenImageTarget:
             embeds[:, 0] = torch.where(fresh_B, root[:, 0], embeds[:, 0])
         return embeds
 
-    def _position_ids(self, positions_BN: Tensor) -> Tensor:
-        """Positions as the backbone counts them, for all copies; rows are the last axis but one."""
-        count = getattr(self._family, "position_ids", None)
-        if count is not None:
-            positions_BN = count(positions_BN, self.rows.prompt_lengths_B)
-        return self._copied(positions_BN, axis=-2)
-
-    def _copied(self, tensor: Tensor, axis: int = 0) -> Tensor:
+    def _copied(self, tensor: Tensor) -> Tensor:
         """Once per guidance copy, conditional rows first."""
-        return torch.cat([tensor] * self._copies, dim=axis) if self._is_guided else tensor
+        return torch.cat([tensor] * self._copies) if self._is_guided else tensor
