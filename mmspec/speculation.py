@@ -153,7 +153,9 @@ def build_engine(
         ValueError: If the model is not supported, a row does not fit its context, or the drafter
             does not take its options.
     """
-    target = CausalTarget(model, rows, compile=settings.compile, cache=cache, num_cached=num_cached)
+    target = CausalTarget(
+        model, rows, compile=settings.compile, cache=cache, num_cached=num_cached, place=place
+    )
     drafter = build_drafter(
         settings.fitting_drafter,
         target=target,

@@ -134,9 +134,9 @@ class AcceleratedGlmImage:
         """Makes images: the arguments of the pipeline, and `PriorOptions` by name.
 
         Each of ``num_images_per_prompt`` images gets codes of its own, where diffusers paints the
-        same codes several times. ``generator`` is one for all images or one per image; image k of
-        a list is the image of a single call with that generator. It gives the painting the same
-        noise as without `accelerate`, because the codes draw from a copy of it.
+        same codes several times. ``generator`` is one for all images or one per image; the codes
+        of image k are those of a single call with generator k. The painting gets the noise that it
+        gets without `accelerate`, because the codes draw from a copy of the generator.
 
         Returns:
             What the pipeline returns.

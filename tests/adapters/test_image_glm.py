@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 from glm import CODES, END, PAD, SPECIALS, START, glm_model, glm_processor
+from transformers import DynamicCache
 
+import mmspec
 from mmspec.adapters.image_glm import GlmImageFamily
 from mmspec.adapters.token_image import image_family
 from mmspec.law_config import LawConfig
@@ -194,6 +196,47 @@ def test_exact_is_sequential_at_random(run):
     plain = codes(model, prompts, **options)
     for window in (1, 2, 7, 16, 64):
         assert codes(model, prompts, window=window, **options) == plain
+
+
+# --------------------------------------------------------------------------- inside generate
+
+
+@pytest.mark.parametrize("drafter", ["jacobi", "ngram"])
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_speculate_keeps_the_greedy_tokens_of_generate(drafter, num_rows):
+    model = glm_model(seed=2)
+    inputs = padded(PROMPTS[:num_rows])
+    options = {"do_sample": False, "max_new_tokens": bound(model).num_image_tokens + 1}
+    theirs = model.generate(**inputs, **options)
+    fast = mmspec.speculate(drafter=drafter, width=7, schedule="fixed")
+    assert torch.equal(model.generate(**inputs, custom_generate=fast, **options), theirs)
+    assert fast.stats.num_accepted > 0
+
+
+def test_speculate_samples_the_same_tokens_with_every_drafter(model):
+    inputs = padded(PROMPTS) | {"do_sample": True, "max_new_tokens": 18, "top_p": 0.9}
+
+    def tokens(drafter):
+        seeds = [torch.Generator().manual_seed(s) for s in range(len(PROMPTS))]
+        fast = mmspec.speculate(drafter=drafter, width=7, generator=seeds)
+        return model.generate(**inputs, custom_generate=fast)
+
+    assert torch.equal(tokens("jacobi"), tokens("none"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_return_sequences": 2, "do_sample": True}, "image_grid_thw must be the same"),
+        ({"mm_encoder_outputs": {"image": 1}}, "source images .* are not supported"),
+        ({"past_key_values": DynamicCache()}, "past_key_values must be left out for GLM-Image"),
+        ({"images_per_sample": torch.tensor([1])}, "images_per_sample must be 2"),
+    ],
+)
+def test_speculate_refuses_what_is_no_text_to_image(model, changes, message):
+    inputs = padded(PROMPTS[:1]) | {"max_new_tokens": 3} | changes
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, custom_generate=mmspec.speculate("ngram"))
 
 
 # --------------------------------------------------------------------------- refusals
