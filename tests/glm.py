@@ -58,7 +58,11 @@ def glm_processor() -> GlmImageProcessor:
         extra_special_tokens={"image_token": "<|image|>", "grid_bos_token": "<sop>",
                               "grid_eos_token": "<eop>"},
     )  # fmt: skip
-    return GlmImageProcessor(GlmImageImageProcessor(), fast, chat_template=TEMPLATE)
+    pictures = GlmImageImageProcessor(
+        patch_size=8, merge_size=1, temporal_patch_size=1,
+        size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64},
+    )  # fmt: skip
+    return GlmImageProcessor(pictures, fast, chat_template=TEMPLATE)
 
 
 def glm_pipe(model=None, *, num_train_timesteps=10):

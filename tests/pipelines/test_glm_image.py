@@ -70,6 +70,19 @@ def test_plain_pipeline_crashes_where_the_end_is_drawn_inside_the_grid(fast):
     assert accelerate(pipe)("a cat", generator=seeds(1)[0], **CALL).images.isfinite().all()
 
 
+def test_plain_pipeline_crashes_on_source_images(pipe):
+    # Named defect: diffusers joins the maps of all source images before the codebook, which wants
+    # one at a time. So image-to-image cannot be compared, and is refused.
+    with pytest.raises(RuntimeError, match="to have 16 channels, but got 1"):
+        pipe("a cat", image=[Image.new("RGB", (64, 64))], **CALL)
+
+
+def test_pictures_are_painted(fast):
+    call = SIZE | {"num_inference_steps": 1}
+    images = fast("a cat", num_images_per_prompt=2, **call).images
+    assert [image.size for image in images] == [(96, 64)] * 2
+
+
 def test_images_of_a_prompt_have_codes_of_their_own(fast):
     codes = fast.generate_prior_tokens(
         PROMPTS[0], **SIZE, num_images_per_prompt=3, generator=seeds(5, 6, 7)
