@@ -81,6 +81,7 @@ class SlotForward:
         capacity: int,
         compile: bool = False,
         cache: SlotCache | None = None,
+        place: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -91,11 +92,14 @@ class SlotForward:
             compile: Compile the forward; the cache then shows its whole capacity to every forward,
                 so that the shapes depend on the width alone.
             cache: A cache to share instead of a new one.
+            place: Turns indices in the rows, ``[B, N]``, into position ids as the model counts
+                them, ``[..., B, N]``; None where they are the same.
         """
         check_supported(model)
         config = model.config.get_text_config(decoder=True)
         self.model = model
         self.cache = cache if cache is not None else SlotCache(num_rows, capacity)
+        self._place = place
         self._is_compiled = compile
         self._call: Callable[..., object] = compiled_forward(model) if compile else model
         self._layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
@@ -171,7 +175,7 @@ class SlotForward:
             host_cached: The same on the host; sizes the attention without a read.
             depth_BN: Depth of each node.
             ancestors_BNN: Ancestor relation.
-            positions_BN: Position ids.
+            positions_BN: Index of each node in its row.
             is_chain: Every row is a chain.
             keep: The model's ``logits_to_keep``, if it has it; None is all.
             allow_compiled: Use the compiled forward if there is one.
@@ -196,6 +200,8 @@ class SlotForward:
             and (self._window is None or extent < self._window)
         )
         mask = None if is_plain else self._mask(cached_B, ancestors_BNN, depth_BN, extent)
+        if self._place is not None:
+            positions_BN = self._place(positions_BN)
         # Padding may stand behind the last position that the model knows.
         if self._max_position is not None and longest + num_nodes > self._max_position:
             positions_BN = positions_BN.clamp(max=self._max_position - 1)

@@ -10,7 +10,7 @@ Shape suffixes as in `mmspec.records`, and
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from mmspec.adapters import image_glm
 from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.adapters.kv_exchange import check_exchangeable, export_cache, import_cache
 from mmspec.adapters.lockstep import Lockstep, sort_criteria
@@ -67,6 +68,9 @@ _KNOWN_INPUTS = frozenset(
         "use_cache",
     }
 )
+
+#: Model type -> what `generate` passes on for it besides.
+_FAMILY_INPUTS = {"glm_image": image_glm.GENERATE_INPUTS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +136,7 @@ def build_engine(
     *,
     cache: SlotCache | None = None,
     num_cached: Sequence[int] | None = None,
+    place: Callable[[Tensor], Tensor] | None = None,
 ) -> Engine:
     """Wires target, drafter, rule and schedule for token rows; runs nothing.
 
@@ -142,12 +147,15 @@ def build_engine(
         settings: How to draft and verify.
         cache: As in `CausalTarget`.
         num_cached: As in `CausalTarget`.
+        place: As in `CausalTarget`.
 
     Raises:
         ValueError: If the model is not supported, a row does not fit its context, or the drafter
             does not take its options.
     """
-    target = CausalTarget(model, rows, compile=settings.compile, cache=cache, num_cached=num_cached)
+    target = CausalTarget(
+        model, rows, compile=settings.compile, cache=cache, num_cached=num_cached, place=place
+    )
     drafter = build_drafter(
         settings.fitting_drafter,
         target=target,
@@ -304,7 +312,15 @@ class Speculation:
         )
         past = model_kwargs.get("past_key_values")
         cache, num_cached = _imported(past, is_token_BP, rows)
-        engine = build_engine(model, rows, law, self.settings, cache=cache, num_cached=num_cached)
+        engine = build_engine(
+            model,
+            rows,
+            law,
+            self.settings,
+            cache=cache,
+            num_cached=num_cached,
+            place=_place(model, rows, model_kwargs),
+        )
         result = engine.run(lambda record, outcome: lockstep.advance(rows))
         self.stats, self.row_stats = result.stats, result.row_stats
         sequences = lockstep.finish()
@@ -361,13 +377,21 @@ def _check_mode(
         raise ValueError(
             f"cache_implementation={config.cache_implementation!r} is not supported by speculate()"
         )
+    known = _KNOWN_INPUTS | _FAMILY_INPUTS.get(model.config.model_type, frozenset())
     unknown = sorted(
-        name
-        for name, value in model_kwargs.items()
-        if value is not None and name not in _KNOWN_INPUTS
+        name for name, value in model_kwargs.items() if value is not None and name not in known
     )
     if unknown:
         raise ValueError(f"model inputs not supported by speculate(): {', '.join(unknown)}")
+
+
+def _place(
+    model: Any, rows: TokenRows, model_kwargs: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor] | None:
+    """Positions that are not the place in the row, for families that have them."""
+    if model.config.model_type in _FAMILY_INPUTS:
+        return image_glm.place_in_generate(model, rows, model_kwargs)
+    return None
 
 
 def _token_mask(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:

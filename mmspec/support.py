@@ -59,6 +59,15 @@ SUPPORT = (
     _causal("GPT-NeoX", "GPTNeoX"),
     _causal("GPT-2", "GPT2", class_name="GPT2LMHeadModel"),
     SupportRow(
+        family="GLM-Image",
+        class_name="GlmImageForConditionalGeneration",
+        adapter="image_glm",
+        pipeline="accelerate",
+        tested="tiny random weights against generate() and plain decoding, greedy and sampled; "
+        "a tiny GlmImagePipeline",
+        test="tests/adapters/test_image_glm.py::test_exact_is_sequential_for_every_window",
+    ),
+    SupportRow(
         family="Janus",
         class_name="JanusForConditionalGeneration",
         adapter="token_image",

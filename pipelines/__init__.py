@@ -8,20 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmspec.pipelines.glm_image import accelerate
     from mmspec.pipelines.image import SpeculativeImagePipeline
     from mmspec.pipelines.text import SpeculativeTextPipeline
 
-__all__ = ["SpeculativeImagePipeline", "SpeculativeTextPipeline"]
+__all__ = ["SpeculativeImagePipeline", "SpeculativeTextPipeline", "accelerate"]
 
-# Public class name -> "module:class", the module relative to this package.
+# Public name -> "module:name", the module relative to this package.
 PIPELINES = {
     "SpeculativeImagePipeline": ".image:SpeculativeImagePipeline",
     "SpeculativeTextPipeline": ".text:SpeculativeTextPipeline",
+    "accelerate": ".glm_image:accelerate",
 }
 
 
 def __getattr__(name: str) -> object:
-    """Import a pipeline class the first time somebody asks for it."""
+    """Import a pipeline the first time somebody asks for it."""
     if name not in PIPELINES:
         known = ", ".join(sorted(PIPELINES))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; known: {known}")

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from mmspec.adapters.token_image import TokenImageTarget, image_family
+from mmspec.adapters.token_image import ImageFamily, TokenImageTarget, image_family
 from mmspec.assets import bundled_path
 from mmspec.checks import require, require_known
 from mmspec.drafters import build_drafter
@@ -47,8 +47,8 @@ class ImageOutput:
         images: By ``output_type``: PIL images, a float tensor ``[B, 3, H, W]`` or array
             ``[B, H, W, 3]`` in [0, 1], or None for "tokens".
         tokens: Image codes ``[B, num_image_tokens]``; -1 where an interrupted call had none yet.
-        step_maps: For each code the step in which it was committed, ``[B, rows, columns]``, -1
-            where none: the picture of how much was accepted at once.
+        step_maps: For each code of the picture the step in which it was committed,
+            ``[B, rows, columns]``, -1 where none: how much was accepted at once.
         stats: Figures over the batch.
         row_stats: Figures per image.
         interrupted: True if the call was stopped early; ``images`` is None then.
@@ -119,7 +119,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         self,
         prompt: str | Sequence[str],
         *,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decoder: str = "exact",
@@ -135,7 +137,10 @@ class SpeculativeImagePipeline(SpeculativePipeline):
 
         Args:
             prompt: One prompt or several.
-            guidance_scale: Classifier-free guidance; 1 switches it off.
+            guidance_scale: Classifier-free guidance; 1 switches it off. None is 3, or 1 for models
+                that have none.
+            height: Pixels; None is the model's default. Only for models with several sizes.
+            width: The same.
             num_images_per_prompt: Images of each prompt, next to each other in the output.
             generator: One for all images, or one per image. Image k of a list is the image that a
                 single call with that generator gives.
@@ -158,54 +163,47 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         rule = _rule_of(decoder)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        no_pixels = getattr(self._family, "no_pixels", None)
+        if no_pixels is not None and output_type != "tokens":
+            raise ValueError(no_pixels)
         check_callback(callback_on_step_end)
         check_window(window)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if hasattr(self._family, "no_guidance") else 3.0
         check_guidance(guidance_scale)
         require(isinstance(compile, bool), "compile", "True or False", compile)
         law = build_law(LawConfig(temperature=temperature, top_k=top_k, top_p=top_p))
-        width = window
-        if width is None:
-            width = default_window(self._family.num_image_tokens, len(prompts))
-        if decoder == "sequential":
-            width = 1
-        engine, rows = self._engine(
-            prompts, rule, law, width, guidance_scale, generator, compile, decoder
+        family, ids = self._prepared(prompts, height, width)
+        engine, rows = image_engine(
+            family,
+            ids,
+            rule=rule,
+            law=law,
+            window=1 if decoder == "sequential" else window,
+            guidance_scale=guidance_scale,
+            keys_B=row_keys(generator, len(ids)),
+            device=self.device,
+            compile=compile,
         )
-        total = len(prompts) * self._family.num_image_tokens
+        total = len(prompts) * family.num_image_tokens
         bar, after_step = self._watch(total, callback_on_step_end)
         with bar:
             result = engine.run(after_step)
-        return self._output(result, rows, output_type)
+        return self._output(family, result, rows, output_type)
 
-    def _engine(
-        self,
-        prompts: list[str],
-        rule: str,
-        law: Law,
-        width: int,
-        guidance_scale: float,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        compile: bool,
-        decoder: str,
-    ) -> tuple[Engine, TokenRows]:
-        family = self._family
-        rows = TokenRows(
-            [self._prompt_ids(text) for text in prompts],
-            max_new_tokens=[family.num_image_tokens] * len(prompts),
-            keys_B=row_keys(generator, len(prompts)),
-            device=self.device,
-        )
-        schedule = FixedSchedule(width, lambda: rows.max_remaining)
-        target = TokenImageTarget(family, rows, guidance_scale=guidance_scale, compile=compile)
-        drafter = build_drafter(
-            "none" if decoder == "sequential" else {"name": "jacobi", "stride": family.grid_width},
-            target=target,
-            rows=rows,
-            law=law,
-            max_width=width,
-            shared_noise=rule == "exact",
-        )
-        return Engine(target, drafter, build_rule(rule, law, rows), schedule), rows
+    def _prepared(
+        self, prompts: list[str], height: int | None, width: int | None
+    ) -> tuple[ImageFamily, list[list[int]]]:
+        """The family at the size asked for, and the token ids of every prompt."""
+        prepare = getattr(self._family, "prepare", None)
+        if prepare is not None:
+            return prepare(self.processor, prompts, height, width)
+        if height is not None or width is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} makes images of one size: height and width must be "
+                f"None, got {height!r} and {width!r}"
+            )
+        return self._family, [self._prompt_ids(text) for text in prompts]
 
     def _prompt_ids(self, text: str) -> list[int]:
         """Token ids of a prompt, the begin-of-image token last."""
@@ -222,8 +220,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         ids = [int(token) for token in ids]
         return ids if ids[-1] == boi else [*ids, boi]
 
-    def _output(self, result: Generation, rows: TokenRows, output_type: str) -> ImageOutput:
-        family = self._family
+    def _output(
+        self, family: ImageFamily, result: Generation, rows: TokenRows, output_type: str
+    ) -> ImageOutput:
         count = family.num_image_tokens
         tokens = torch.full((rows.num_rows, count), -1)
         maps = torch.full((rows.num_rows, count), -1)
@@ -235,14 +234,66 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         if output_type != "tokens" and not result.interrupted:
             pixels = family.decode(tokens.to(self.device)).cpu()
             images = _as_type(pixels, output_type)
+        lines, columns = getattr(
+            family, "map_shape", (count // family.grid_width, family.grid_width)
+        )
         return ImageOutput(
             images=images,
             tokens=tokens,
-            step_maps=maps.view(rows.num_rows, -1, family.grid_width),
+            step_maps=maps[:, -lines * columns :].view(rows.num_rows, lines, columns),
             stats=result.stats,
             row_stats=result.row_stats,
             interrupted=result.interrupted,
         )
+
+
+def image_engine(
+    family: ImageFamily,
+    prompts: Sequence[Sequence[int]],
+    *,
+    rule: str,
+    law: Law,
+    window: int | None,
+    guidance_scale: float,
+    keys_B: Tensor,
+    device: torch.device,
+    compile: bool = False,
+) -> tuple[Engine, TokenRows]:
+    """Wires the engine that writes one image per prompt; runs nothing.
+
+    Args:
+        family: The model, at the size wanted.
+        prompts: Token ids of each prompt.
+        rule: A name of `mmspec.verify.RULES`.
+        law: The law that codes are drawn from.
+        window: Tokens per image and forward; 1 is plain decoding, None chooses.
+        guidance_scale: As in `TokenImageTarget`.
+        keys_B: Noise keys, one per image.
+        device: Where the model takes its input.
+        compile: Compile the model's forward.
+
+    Raises:
+        ValueError: If a row does not fit the model's context.
+    """
+    rows = TokenRows(
+        prompts,
+        max_new_tokens=[family.num_image_tokens] * len(prompts),
+        keys_B=keys_B,
+        device=device,
+    )
+    if window is None:
+        window = default_window(family.num_image_tokens, len(prompts))
+    target = TokenImageTarget(family, rows, guidance_scale=guidance_scale, compile=compile)
+    drafter = build_drafter(
+        "none" if window == 1 else {"name": "jacobi", "stride": family.grid_width},
+        target=target,
+        rows=rows,
+        law=law,
+        max_width=window,
+        shared_noise=rule == "exact",
+    )
+    schedule = FixedSchedule(window, lambda: rows.max_remaining)
+    return Engine(target, drafter, build_rule(rule, law, rows), schedule), rows
 
 
 def _count(num_images_per_prompt: int) -> int:

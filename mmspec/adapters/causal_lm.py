@@ -4,7 +4,7 @@ Every family that transformers loads with a plain or sliding key/value cache.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class CausalTarget:
         compile: bool = False,
         cache: SlotCache | None = None,
         num_cached: Sequence[int] | None = None,
+        place: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -43,6 +44,7 @@ class CausalTarget:
             cache: A cache from earlier turns whose first ``num_cached`` tokens are those of the
                 rows.
             num_cached: Tokens that each row has in ``cache``.
+            place: As in `SlotForward`.
 
         Raises:
             ValueError: If the model is not supported or a row does not fit its context.
@@ -52,7 +54,12 @@ class CausalTarget:
         if cache is not None:
             cache.reserve(rows.capacity)
         self.forward = SlotForward(
-            model, num_rows=rows.num_rows, capacity=rows.capacity, compile=compile, cache=cache
+            model,
+            num_rows=rows.num_rows,
+            capacity=rows.capacity,
+            compile=compile,
+            cache=cache,
+            place=place,
         )
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self._num_cached = list(num_cached or [0] * rows.num_rows)

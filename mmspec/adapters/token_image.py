@@ -6,6 +6,7 @@ share every draft. What differs between model families is in `FAMILIES`.
 
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,14 @@ class ImageFamily(Protocol):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes ``[B, num_image_tokens]`` to pixels ``[B, height, width, 3]`` in [0, 1]."""
+
+    # A family may also have
+    #   position_ids(positions_BN, prompt_lengths_B): positions as its backbone counts them,
+    #       ``[..., B, N]``; without it a token's position is its place in the row;
+    #   prepare(processor, prompts, height, width): the family bound to a size, and each prompt's
+    #       token ids; without it images have one size and the pipeline makes the ids;
+    #   map_shape: rows and columns of the picture, if it is not all of the codes but the last;
+    #   no_guidance, no_pixels: why there is no `unconditional`, no `decode`.
 
 
 class JanusFamily:
@@ -90,8 +99,11 @@ class JanusFamily:
         return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
 
 
-#: Model type -> family. Other classes are refused by name.
-FAMILIES = {"janus": JanusFamily}
+#: Model type -> "module:class", imported on first use. Other classes are refused by name.
+FAMILIES = {
+    "glm_image": "mmspec.adapters.image_glm:GlmImageFamily",
+    "janus": "mmspec.adapters.token_image:JanusFamily",
+}
 
 
 def image_family(model: Any) -> ImageFamily:
@@ -106,7 +118,8 @@ def image_family(model: Any) -> ImageFamily:
             f"{type(model).__name__} ({kind}) is not a known image model; "
             f"known: {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[kind](model)
+    module, _, name = FAMILIES[kind].partition(":")
+    return getattr(import_module(module), name)(model)
 
 
 class TokenImageTarget:
@@ -136,10 +149,14 @@ class TokenImageTarget:
             compile: Compile the step's forward.
 
         Raises:
-            ValueError: If the scale is negative or a row does not fit the context.
+            ValueError: If the scale is negative, the family has no guidance, or a row does not fit
+                the context.
         """
         if not guidance_scale >= 0:
             raise ValueError(f"guidance_scale must be >= 0, got {guidance_scale}")
+        no_guidance = getattr(family, "no_guidance", None)
+        if no_guidance is not None and guidance_scale != 1:
+            raise ValueError(f"{no_guidance}, got {guidance_scale}")
         check_fits(family.backbone, rows)
         self.rows = rows
         self.vocab_size = family.codebook_size
@@ -152,6 +169,7 @@ class TokenImageTarget:
             num_rows=rows.num_rows * self._copies,
             capacity=rows.capacity,
             compile=compile,
+            place=self._place if hasattr(family, "position_ids") else None,
         )
         self._first_logits: Tensor | None = None
 
@@ -207,6 +225,11 @@ class TokenImageTarget:
                 self._copied(verdict.path_BM[:, : longest + 1]), cached_B
             )
         return outcome
+
+    def _place(self, positions_BN: Tensor) -> Tensor:
+        """Position ids of all copies, as the family counts them."""
+        prompt_lengths_B = self._copied(self.rows.prompt_lengths_B)
+        return self._family.position_ids(positions_BN, prompt_lengths_B)  # type: ignore[attr-defined]
 
     def _guided(self, logits: Tensor) -> Tensor:
         """One law per image, ``[B, N, V]``, from the logits of all copies."""
