@@ -147,10 +147,10 @@ class Guidance:
 
     def mixed(self, logits: Tensor) -> Tensor:
         """One row of logits of each pair, ``[G, N, V]`` to ``[B, N, V]``."""
-        if not self.is_on:
-            return logits
         if self._is_normalised:
             logits = logits.log_softmax(-1)
+        if not self.is_on:
+            return logits
         conditional, negative = logits.chunk(2)
         return negative + self.scale * (conditional - negative)
 

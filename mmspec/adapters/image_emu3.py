@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmspec.adapters.constraints import TokensByPosition
 from mmspec.adapters.token_image import ImageLayout
 from mmspec.checks import is_integer, require
 from mmspec.forward import text_device
@@ -141,3 +142,39 @@ class Emu3Family:
         grid = codes.view(-1, layout.rows, layout.columns)
         pixels = self._model.model.vqmodel.decode(grid).permute(0, 2, 3, 1)
         return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+
+    def constraint(self, layout: ImageLayout, prompt_width: int) -> TokensByPosition:
+        """The grammar of an image for `generate`, over the whole vocabulary.
+
+        Behind the end of the image comes padding, as in transformers' own example.
+        """
+        table: Any = layout.allowed
+        vocab_size = self._model.lm_head.weight.shape[0]
+        device = table.masks_CV.device
+        masks = torch.zeros(1 + len(table.masks_CV), vocab_size, dtype=torch.bool, device=device)
+        masks[0, self._model.config.get_text_config().pad_token_id] = True
+        masks[1:, self._token_ids.to(device)] = table.masks_CV
+        return TokensByPosition(
+            table=AllowedTokens(
+                class_of_position_T=table.class_of_position_T + 1,
+                masks_CV=masks,
+                since_prompt=True,
+            ),
+            prompt_width=prompt_width,
+        )
+
+
+def emu3_constraint(model: Any, *, height: int, width: int, prompt_width: int) -> TokensByPosition:
+    """``prefix_allowed_tokens_fn`` for one image of Emu3 in `generate`, made by `speculate` or not.
+
+    Args:
+        model: An `Emu3ForConditionalGeneration`.
+        height: Height of the image in pixels.
+        width: Width in pixels.
+        prompt_width: Columns of the ``input_ids``.
+
+    Raises:
+        ValueError: If a side is no multiple of a code's side.
+    """
+    family = Emu3Family(model)
+    return family.constraint(family.layout(height, width), prompt_width)
