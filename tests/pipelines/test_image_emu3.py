@@ -9,6 +9,7 @@ from emu3 import EOL, NUM_CODES, PROMPTS, allowed_tokens, tiny_emu3, tiny_proces
 from mmspec.adapters.image_emu3 import Emu3Family
 from mmspec.drafters.jacobi import JacobiDrafter
 from mmspec.pipelines import SpeculativeImagePipeline
+from mmspec.verify import SeededMatch
 
 ROWS, COLUMNS = 3, 4
 SIZE = {"height": 8 * ROWS, "width": 8 * COLUMNS}
@@ -54,8 +55,8 @@ def laid_out(processor, texts):
     return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
 
 
-def generated(model, processor, guidance, negative):
-    """What transformers' own loop writes behind the prompts."""
+def generated(model, processor, guidance, negative, *, scores=False):
+    """What transformers' own loop writes behind the prompts, or the scores it writes them by."""
     inputs, options = laid_out(processor, PROMPTS), {}
     if negative is not None:
         texts = [negative] * len(PROMPTS) if isinstance(negative, str) else negative
@@ -64,15 +65,17 @@ def generated(model, processor, guidance, negative):
             "negative_prompt_ids": laid["input_ids"],
             "negative_prompt_attention_mask": laid["attention_mask"],
         }
-    ids = model.generate(
+    output = model.generate(
         **inputs,
         **options,
         do_sample=False,
         guidance_scale=guidance,
         max_new_tokens=ROWS * (COLUMNS + 1) + 3,
         prefix_allowed_tokens_fn=allowed_tokens(model, ROWS, COLUMNS),
+        return_dict_in_generate=True,
+        output_scores=True,
     )
-    return ids[:, inputs["input_ids"].shape[1] :]
+    return output.scores if scores else output.sequences[:, inputs["input_ids"].shape[1] :]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0, 0.5])
@@ -89,6 +92,27 @@ def test_greedy_is_that_of_transformers(guidance, negative, is_shuffled):
     assert out.tokens.tolist() == codes.flatten(1).tolist()
     pixels = model.decode_image_tokens(image_tokens=ids, height=ROWS, width=COLUMNS)
     assert torch.equal(out.images, (pixels.float() * 0.5 + 0.5).clamp(0, 1))
+
+
+@pytest.mark.parametrize("guidance", [3.0, 0.5])
+def test_the_law_is_that_of_transformers(pipe, model, processor, monkeypatch, guidance):
+    """Log-probabilities over the whole vocabulary, masked, are the codes' own logits."""
+    theirs = generated(model, processor, guidance, NEGATIVES[2], scores=True)
+    laws, verify = [], SeededMatch.verify
+
+    def watched(rule, proposal, scores):
+        laws.append((verdict := verify(rule, proposal, scores)).law_logits_BNV[:, 0])
+        return verdict
+
+    monkeypatch.setattr(SeededMatch, "verify", watched)
+    options = {"guidance_scale": guidance, "negative_prompt": NEGATIVES[2]}
+    run(pipe, decoder="sequential", temperature=0.0, **options)
+    ids = [model.vocabulary_mapping.img2bpe[code] for code in range(NUM_CODES)]
+    for index in range(COLUMNS):
+        ours, expected = laws[index][:, :NUM_CODES].softmax(-1), theirs[index].softmax(-1)[:, ids]
+        # transformers rounds the conditional logits to float32.
+        assert torch.allclose(ours, expected, atol=1e-5)
+    assert len(laws) == len(theirs)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
