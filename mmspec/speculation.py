@@ -223,7 +223,8 @@ def speculate(
 
     With the default rule greedy output equals `generate`'s token for token (up to float noise in
     the logits), and sampled output has `generate`'s law; its tokens are those of this library's
-    own plain decoding with the same seed, not those of `torch.multinomial`.
+    own plain decoding with the same seed, not those of `torch.multinomial`. With `guidance_scale`
+    both prompts of a row share one forward.
 
     Args:
         drafter: A name ("ngram", "jacobi", "early_exit", ...), a mapping with ``name`` and

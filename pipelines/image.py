@@ -271,7 +271,7 @@ def _count(num_images_per_prompt: int) -> int:
     return num_images_per_prompt
 
 
-def _negatives(negative_prompt: object, num_prompts: int) -> list[str | None]:
+def _negatives(negative_prompt: Any, num_prompts: int) -> list[str | None]:
     """The negative prompt of each prompt; None where there is none.
 
     Raises:

@@ -104,7 +104,7 @@ class JanusFamily:
         self.codebook_size = model.model.vqmodel.config.num_embeddings
         config = model.generation_config
         kwargs = getattr(config, "generation_kwargs", None) or {}
-        self.boi_token_id = kwargs.get("boi_token_id")
+        self.boi_token_id: Any = kwargs.get("boi_token_id")
         if self.boi_token_id is None:
             raise ValueError(
                 "the model's generation_config.generation_kwargs must hold 'boi_token_id', the "
