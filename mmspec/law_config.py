@@ -15,15 +15,18 @@ from mmspec.checks import is_integer, is_list, is_number, require
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllowedTokens:
-    """Token masks by absolute position.
+    """Token masks by position: absolute, or counted from the end of each row's prompt.
 
     Attributes:
         class_of_position_T: Mask class of every position up to T; later positions use class 0.
         masks_CV: Allowed tokens of each class, bool.
+        since_prompt: Position 0 is a row's first new token, wherever its prompt ends. For rows
+            whose prompts differ in length.
     """
 
     class_of_position_T: torch.Tensor
     masks_CV: torch.Tensor
+    since_prompt: bool = False
 
     def __post_init__(self) -> None:
         """Checks that no class forbids everything."""

@@ -67,6 +67,11 @@ class Law:
     stages: tuple[Stage, ...]
     is_greedy: bool
 
+    @property
+    def allowed(self) -> "Allowed | None":
+        """The stage of tokens by position, if there is one."""
+        return next((stage for stage in self.stages if isinstance(stage, Allowed)), None)
+
     def __call__(
         self, logits_BNV: Float[Tensor, "B N V"], context: LawContext
     ) -> Float[Tensor, "B N V"]:
@@ -217,18 +222,41 @@ class MinNewTokens:
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Token masks by absolute position of the token to be chosen."""
+    """Token masks by the position of the token to be chosen."""
 
     table: AllowedTokens
 
     def __call__(self, logits: Tensor, context: LawContext) -> Tensor:
         """Applies the stage."""
-        classes = self.table.class_of_position_T.to(logits.device)
-        position = context.positions_BN + 1
-        inside = position < classes.shape[0]
-        index = classes[position.clamp(max=classes.shape[0] - 1)]
-        mask = self.table.masks_CV.to(logits.device)[torch.where(inside, index, 0)]
+        mask = self.mask(context.positions_BN + 1, context.prompt_lengths_B)
         return logits.masked_fill(~mask, NEG_INF)
+
+    def mask(
+        self, positions_BN: Int[Tensor, "B N"], prompt_lengths_B: Int[Tensor, "B"]
+    ) -> Bool[Tensor, "B N V"]:
+        """Which tokens may stand at these absolute positions."""
+        classes = self.table.class_of_position_T.to(positions_BN.device)
+        index = positions_BN
+        if self.table.since_prompt:
+            index = positions_BN - prompt_lengths_B[:, None]
+        inside = index < classes.shape[0]
+        index = classes[index.clamp(0, classes.shape[0] - 1)]
+        return self.table.masks_CV.to(positions_BN.device)[torch.where(inside, index, 0)]
+
+    def restricted(
+        self,
+        law_logits: Float[Tensor, "B N V"],
+        positions_BN: Int[Tensor, "B N"],
+        prompt_lengths_B: Int[Tensor, "B"],
+    ) -> Float[Tensor, "B N V"]:
+        """Laws of other positions as laws of these; uniform where nothing of them may stand.
+
+        At a position that allows one token this is the one-hot law of that token.
+        """
+        mask = self.mask(positions_BN, prompt_lengths_B)
+        masked = law_logits.masked_fill(~mask, NEG_INF)
+        is_empty = masked.amax(-1, keepdim=True) == NEG_INF
+        return torch.where(is_empty & mask, 0.0, masked)
 
 
 # --------------------------------------------------------------------------- paths

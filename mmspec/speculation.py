@@ -22,6 +22,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from mmspec.adapters import image_glm
 from mmspec.adapters.causal_lm import CausalTarget
+from mmspec.adapters.guidance import Guidance
+from mmspec.adapters.guided_lm import GuidedTarget, guidance_of, split_guidance
 from mmspec.adapters.kv_exchange import check_exchangeable, export_cache, import_cache
 from mmspec.adapters.lockstep import Lockstep, sort_criteria
 from mmspec.adapters.processors import Layout, checked_stateless, law_from_processors
@@ -137,6 +139,7 @@ def build_engine(
     cache: SlotCache | None = None,
     num_cached: Sequence[int] | None = None,
     place: Callable[[Tensor], Tensor] | None = None,
+    guidance: Guidance | None = None,
 ) -> Engine:
     """Wires target, drafter, rule and schedule for token rows; runs nothing.
 
@@ -148,14 +151,20 @@ def build_engine(
         cache: As in `CausalTarget`.
         num_cached: As in `CausalTarget`.
         place: As in `CausalTarget`.
+        guidance: Classifier-free guidance of these rows; not together with ``cache`` or ``place``.
 
     Raises:
         ValueError: If the model is not supported, a row does not fit its context, or the drafter
-            does not take its options.
+            does not take its options or does not work with guidance.
     """
-    target = CausalTarget(
-        model, rows, compile=settings.compile, cache=cache, num_cached=num_cached, place=place
-    )
+    target: Any
+    if guidance is not None:
+        _check_guided(settings, cache)
+        target = GuidedTarget(model, guidance, compile=settings.compile)
+    else:
+        target = CausalTarget(
+            model, rows, compile=settings.compile, cache=cache, num_cached=num_cached, place=place
+        )
     drafter = build_drafter(
         settings.fitting_drafter,
         target=target,
@@ -165,10 +174,28 @@ def build_engine(
         shared_noise=settings.rule == "exact",
     )
     rule: Any = build_rule(settings.rule, law, rows)
-    return Engine(target, drafter, rule, _schedule(model, settings, drafter, rows))
+    num_forward_rows = rows.num_rows if guidance is None else guidance.num_rows
+    schedule = _schedule(model, settings, drafter, rows, num_forward_rows)
+    return Engine(target, drafter, rule, schedule)
 
 
-def _schedule(model: Any, settings: Settings, drafter: Any, rows: TokenRows) -> Any:
+def _check_guided(settings: Settings, cache: SlotCache | None) -> None:
+    """Refuses what has no second half."""
+    if parse_spec(settings.drafter)[0] == "early_exit":
+        raise ValueError(
+            "drafter 'early_exit' shares the target's cache, which holds two rows per sequence "
+            "under guidance_scale; use another drafter"
+        )
+    if cache is not None:
+        raise ValueError(
+            "past_key_values of an earlier call cannot be combined with guidance_scale: they hold "
+            "nothing of the negative prompts"
+        )
+
+
+def _schedule(
+    model: Any, settings: Settings, drafter: Any, rows: TokenRows, num_forward_rows: int
+) -> Any:
     width = 1 if drafter.name == "none" else settings.max_width
 
     def remaining() -> int:
@@ -182,7 +209,7 @@ def _schedule(model: Any, settings: Settings, drafter: Any, rows: TokenRows) -> 
     if not getattr(drafter, "is_free", False):
         return AdaptiveSchedule(width, remaining)
     # What a step of a width costs then depends on the model alone: later calls start from it.
-    known, key = _STEP_COSTS.setdefault(model, {}), (rows.num_rows, settings.compile)
+    known, key = _STEP_COSTS.setdefault(model, {}), (num_forward_rows, settings.compile)
     schedule = AdaptiveSchedule(width, remaining, is_free=True, costs=known.get(key))
     known[key] = schedule.costs
     return schedule
@@ -202,7 +229,8 @@ def speculate(
 
     With the default rule greedy output equals `generate`'s token for token (up to float noise in
     the logits), and sampled output has `generate`'s law; its tokens are those of this library's
-    own plain decoding with the same seed, not those of `torch.multinomial`.
+    own plain decoding with the same seed, not those of `torch.multinomial`. With `guidance_scale`
+    both prompts of a row share one forward.
 
     Args:
         drafter: A name ("ngram", "jacobi", "early_exit", ...), a mapping with ``name`` and
@@ -293,8 +321,9 @@ class Speculation:
             is_token_BP=is_token_BP,
             vocab_size=model.get_output_embeddings().weight.shape[0],
         )
+        processors, guide = split_guidance(logits_processor)
         law = law_from_processors(
-            logits_processor,
+            processors,
             layout,
             is_greedy=not generation_config.do_sample,
             stateless=self._stateless,
@@ -320,6 +349,7 @@ class Speculation:
             cache=cache,
             num_cached=num_cached,
             place=_place(model, rows, model_kwargs),
+            guidance=None if guide is None else guidance_of(guide, model, rows),
         )
         result = engine.run(lambda record, outcome: lockstep.advance(rows))
         self.stats, self.row_stats = result.stats, result.row_stats
@@ -378,8 +408,9 @@ def _check_mode(
             f"cache_implementation={config.cache_implementation!r} is not supported by speculate()"
         )
     known = _KNOWN_INPUTS | _FAMILY_INPUTS.get(model.config.model_type, frozenset())
+    # Multimodal models are handed the outputs of their encoders, none of them for plain text.
     unknown = sorted(
-        name for name, value in model_kwargs.items() if value is not None and name not in known
+        name for name, value in model_kwargs.items() if not _is_nothing(value) and name not in known
     )
     if unknown:
         raise ValueError(f"model inputs not supported by speculate(): {', '.join(unknown)}")
@@ -392,6 +423,10 @@ def _place(
     if model.config.model_type in _FAMILY_INPUTS:
         return image_glm.place_in_generate(model, rows, model_kwargs)
     return None
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and not value)
 
 
 def _token_mask(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
@@ -451,6 +486,8 @@ def _exported(past: Any, target: Any, is_token_BC: Tensor) -> DynamicCache:
         # A static cache that `generate` has just made; it is empty and too small for drafts.
         past = DynamicCache(config=target.forward.model.config.get_text_config(decoder=True))
     rows = target.rows
+    if isinstance(target, GuidedTarget):
+        target.drop_guidance()
     if rows.num_rows > 1:
         # A row that ended in the last step has its last token not cached yet.
         host_cached = [len(tokens) - 1 for tokens in rows.host_tokens]

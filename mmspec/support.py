@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 _CAUSAL_TEST = "tests/adapters/test_causal_lm.py::test_greedy_equals_generate"
 _IMAGE_TEST = "tests/test_support.py::test_image_model_keeps_its_tokens"
+_EMU3_TEST = "tests/pipelines/test_image_emu3.py::test_greedy_is_that_of_transformers"
 _TINY = "tiny random weights against generate(), greedy, single rows and ragged batches"
 
 
@@ -74,5 +75,13 @@ SUPPORT = (
         pipeline="SpeculativeImagePipeline",
         tested="tiny random weights against plain decoding, greedy and sampled; bundled:avatars",
         test=_IMAGE_TEST,
+    ),
+    SupportRow(
+        family="Emu3",
+        class_name="Emu3ForConditionalGeneration",
+        adapter="image_emu3",
+        pipeline="SpeculativeImagePipeline",
+        tested="tiny random weights against generate() (greedy) and plain decoding (sampled)",
+        test=_EMU3_TEST,
     ),
 )

@@ -217,11 +217,11 @@ class AcceleratedGlmImage:
         """Stands in for the model's ``generate``: prompts with the codes of both grids behind."""
         model = self.pipe.vision_language_encoder
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        family = image_family(model).with_grids(  # type: ignore[attr-defined]
-            inputs["image_grid_thw"], inputs["images_per_sample"]
-        )
+        family: Any = image_family(model)
+        layout = family.layout_in(inputs["image_grid_thw"], inputs["images_per_sample"])
         engine, rows = image_engine(
             family,
+            layout,
             [row[is_token != 0].tolist() for row, is_token in zip(ids, mask, strict=True)],
             rule=settings.rule,
             law=build_law(settings.law),
@@ -231,7 +231,7 @@ class AcceleratedGlmImage:
             device=_loaded_device(model),
             compile=settings.compile,
         )
-        with self.pipe.progress_bar(total=rows.num_rows * family.num_image_tokens) as bar:
+        with self.pipe.progress_bar(total=rows.num_rows * layout.num_tokens) as bar:
 
             def advance(record: StepRecord, outcome: Outcome) -> None:
                 bar.update(sum(record.num_emitted))

@@ -11,7 +11,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from mmspec.adapters.token_image import ImageFamily, TokenImageTarget, image_family
+from mmspec.adapters.token_image import (
+    ImageFamily,
+    ImageLayout,
+    TokenImageTarget,
+    image_family,
+)
 from mmspec.assets import bundled_path
 from mmspec.checks import require, require_known
 from mmspec.drafters import build_drafter
@@ -46,9 +51,9 @@ class ImageOutput:
     Attributes:
         images: By ``output_type``: PIL images, a float tensor ``[B, 3, H, W]`` or array
             ``[B, H, W, 3]`` in [0, 1], or None for "tokens".
-        tokens: Image codes ``[B, num_image_tokens]``; -1 where an interrupted call had none yet.
-        step_maps: For each code of the picture the step in which it was committed,
-            ``[B, rows, columns]``, -1 where none: how much was accepted at once.
+        tokens: Image codes ``[B, rows * columns]``; -1 where an interrupted call had none yet.
+        step_maps: For each code the step in which it was committed, ``[B, rows, columns]``, -1
+            where none: the picture of how much was accepted at once.
         stats: Figures over the batch.
         row_stats: Figures per image.
         interrupted: True if the call was stopped early; ``images`` is None then.
@@ -119,9 +124,10 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         self,
         prompt: str | Sequence[str],
         *,
-        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decoder: str = "exact",
@@ -137,10 +143,14 @@ class SpeculativeImagePipeline(SpeculativePipeline):
 
         Args:
             prompt: One prompt or several.
+            negative_prompt: What guidance steers away from: one text for all prompts or one for
+                each; it may be empty. For Emu3; unused where guidance is off. None leaves it to
+                the family: for Emu3 the token that begins the image and nothing before it.
+            height: Height of the images in pixels, for families that make several sizes; None is
+                the family's own.
+            width: Width in pixels, likewise.
             guidance_scale: Classifier-free guidance; 1 switches it off. None is 3, or 1 for models
                 that have none.
-            height: Pixels; None is the model's default. Only for models with several sizes.
-            width: The same.
             num_images_per_prompt: Images of each prompt, next to each other in the output.
             generator: One for all images, or one per image. Image k of a list is the image that a
                 single call with that generator gives.
@@ -159,7 +169,10 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         Raises:
             ValueError: On any argument out of its range, before any forward.
         """
-        prompts = [p for p in as_list(prompt) for _ in range(_count(num_images_per_prompt))]
+        texts = as_list(prompt)
+        negatives = _negatives(negative_prompt, len(texts))
+        count = _count(num_images_per_prompt)
+        pairs = [p for p in zip(texts, negatives, strict=True) for _ in range(count)]
         rule = _rule_of(decoder)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
@@ -172,75 +185,55 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             guidance_scale = 1.0 if hasattr(self._family, "no_guidance") else 3.0
         check_guidance(guidance_scale)
         require(isinstance(compile, bool), "compile", "True or False", compile)
-        law = build_law(LawConfig(temperature=temperature, top_k=top_k, top_p=top_p))
-        family, ids = self._prepared(prompts, height, width)
-        engine, rows = image_engine(
-            family,
-            ids,
+        layout = self._family.layout(height, width)
+        config = LawConfig(
+            temperature=temperature, top_k=top_k, top_p=top_p, allowed=layout.allowed
+        )
+        # Looked at before guidance: a family without negative prompts says so in any case.
+        negatives = [
+            self._family.negative(self.processor, text, layout)
+            for _, text in pairs
+            if text is not None
+        ]
+        engine, _ = image_engine(
+            self._family,
+            layout,
+            [self._family.prompt(self.processor, text, layout) for text, _ in pairs],
             rule=rule,
-            law=law,
+            law=build_law(config),
             window=1 if decoder == "sequential" else window,
             guidance_scale=guidance_scale,
-            keys_B=row_keys(generator, len(ids)),
+            negatives=negatives or None,
+            keys_B=row_keys(generator, len(pairs)),
             device=self.device,
             compile=compile,
         )
-        total = len(prompts) * family.num_image_tokens
-        bar, after_step = self._watch(total, callback_on_step_end)
+        bar, after_step = self._watch(len(pairs) * layout.num_tokens, callback_on_step_end)
         with bar:
             result = engine.run(after_step)
-        return self._output(family, result, rows, output_type)
-
-    def _prepared(
-        self, prompts: list[str], height: int | None, width: int | None
-    ) -> tuple[ImageFamily, list[list[int]]]:
-        """The family at the size asked for, and the token ids of every prompt."""
-        prepare = getattr(self._family, "prepare", None)
-        if prepare is not None:
-            return prepare(self.processor, prompts, height, width)
-        if height is not None or width is not None:
-            raise ValueError(
-                f"{type(self.model).__name__} makes images of one size: height and width must be "
-                f"None, got {height!r} and {width!r}"
-            )
-        return self._family, [self._prompt_ids(text) for text in prompts]
+        return self._output(result, layout, output_type)
 
     def _prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a prompt, the begin-of-image token last."""
-        boi = self._family.boi_token_id  # type: ignore[attr-defined]
-        if hasattr(self.processor, "image_processor"):
-            if getattr(self.processor, "chat_template", None):
-                content = [{"type": "text", "text": text}]
-                text = self.processor.apply_chat_template(
-                    [{"role": "user", "content": content}], add_generation_prompt=True
-                )
-            ids = self.processor(text=[text], generation_mode="image")["input_ids"][0]
-        else:
-            ids = self.processor(text)["input_ids"]
-        ids = [int(token) for token in ids]
-        return ids if ids[-1] == boi else [*ids, boi]
+        """Token ids of a prompt for an image of the family's own size."""
+        return self._family.prompt(self.processor, text, self._family.layout(None, None))
 
-    def _output(
-        self, family: ImageFamily, result: Generation, rows: TokenRows, output_type: str
-    ) -> ImageOutput:
-        count = family.num_image_tokens
-        tokens = torch.full((rows.num_rows, count), -1)
-        maps = torch.full((rows.num_rows, count), -1)
-        for row, codes in enumerate(result.units):
-            tokens[row, : len(codes)] = torch.tensor(codes, dtype=torch.long)
-            steps = [s.index for s in result.steps for _ in range(s.num_emitted[row])]
-            maps[row, : len(steps)] = torch.tensor(steps, dtype=torch.long)
+    def _output(self, result: Generation, layout: ImageLayout, output_type: str) -> ImageOutput:
+        num_rows = len(result.units)
+        units = torch.full((num_rows, layout.num_tokens), -1)
+        steps = torch.full((num_rows, layout.num_tokens), -1)
+        for row, of_row in enumerate(result.units):
+            units[row, : len(of_row)] = torch.tensor(of_row, dtype=torch.long)
+            taken = [s.index for s in result.steps for _ in range(s.num_emitted[row])]
+            steps[row, : len(taken)] = torch.tensor(taken, dtype=torch.long)
+        tokens = units[:, layout.code_index]
         images = None
         if output_type != "tokens" and not result.interrupted:
-            pixels = family.decode(tokens.to(self.device)).cpu()
+            pixels = self._family.decode(tokens.to(self.device), layout).cpu()
             images = _as_type(pixels, output_type)
-        lines, columns = getattr(
-            family, "map_shape", (count // family.grid_width, family.grid_width)
-        )
         return ImageOutput(
             images=images,
             tokens=tokens,
-            step_maps=maps[:, -lines * columns :].view(rows.num_rows, lines, columns),
+            step_maps=steps[:, layout.code_index].view(num_rows, layout.rows, layout.columns),
             stats=result.stats,
             row_stats=result.row_stats,
             interrupted=result.interrupted,
@@ -249,6 +242,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
 
 def image_engine(
     family: ImageFamily,
+    layout: ImageLayout,
     prompts: Sequence[Sequence[int]],
     *,
     rule: str,
@@ -257,19 +251,22 @@ def image_engine(
     guidance_scale: float,
     keys_B: Tensor,
     device: torch.device,
+    negatives: Sequence[Sequence[int]] | None = None,
     compile: bool = False,
 ) -> tuple[Engine, TokenRows]:
     """Wires the engine that writes one image per prompt; runs nothing.
 
     Args:
-        family: The model, at the size wanted.
+        family: The model.
+        layout: How an image lies in the new tokens of a row.
         prompts: Token ids of each prompt.
         rule: A name of `mmspec.verify.RULES`.
-        law: The law that codes are drawn from.
+        law: The law that tokens are drawn from.
         window: Tokens per image and forward; 1 is plain decoding, None chooses.
         guidance_scale: As in `TokenImageTarget`.
         keys_B: Noise keys, one per image.
         device: Where the model takes its input.
+        negatives: As in `TokenImageTarget`.
         compile: Compile the model's forward.
 
     Raises:
@@ -277,15 +274,22 @@ def image_engine(
     """
     rows = TokenRows(
         prompts,
-        max_new_tokens=[family.num_image_tokens] * len(prompts),
+        max_new_tokens=[layout.num_tokens] * len(prompts),
         keys_B=keys_B,
         device=device,
     )
     if window is None:
-        window = default_window(family.num_image_tokens, len(prompts))
-    target = TokenImageTarget(family, rows, guidance_scale=guidance_scale, compile=compile)
+        window = default_window(layout.num_tokens, len(prompts))
+    target = TokenImageTarget(
+        family,
+        rows,
+        guidance_scale=guidance_scale,
+        negatives=negatives,
+        place=layout.place,
+        compile=compile,
+    )
     drafter = build_drafter(
-        "none" if window == 1 else {"name": "jacobi", "stride": family.grid_width},
+        "none" if window == 1 else {"name": "jacobi", "stride": layout.stride},
         target=target,
         rows=rows,
         law=law,
@@ -299,6 +303,21 @@ def image_engine(
 def _count(num_images_per_prompt: int) -> int:
     check_positive("num_images_per_prompt", num_images_per_prompt)
     return num_images_per_prompt
+
+
+def _negatives(negative_prompt: Any, num_prompts: int) -> list[str | None]:
+    """The negative prompt of each prompt; None where there is none.
+
+    Raises:
+        ValueError: If it is neither None, nor a string, nor one string per prompt.
+    """
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return [negative_prompt] * num_prompts
+    is_good = isinstance(negative_prompt, list | tuple) and len(negative_prompt) == num_prompts
+    is_good = is_good and all(isinstance(text, str) for text in negative_prompt)
+    rule = f"None, a string, or a list of {num_prompts} strings, one per prompt"
+    require(is_good, "negative_prompt", rule, negative_prompt)
+    return list(negative_prompt)
 
 
 def _rule_of(decoder: str) -> str:

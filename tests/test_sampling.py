@@ -156,6 +156,35 @@ def test_allowed_tokens_go_by_the_position_of_the_next_token(tree, context):
         assert torch.equal(got[row, node], wanted)
 
 
+def test_allowed_tokens_may_count_from_the_end_of_each_prompt(tree, context):
+    masks = torch.eye(4, V, dtype=torch.bool)
+    table = AllowedTokens(
+        class_of_position_T=torch.tensor([1, 2, 3, 1]), masks_CV=masks, since_prompt=True
+    )
+    got = Allowed(table)(smooth_logits(), context)
+    for row, node in nodes():
+        index = len(path_to(tree, row, node)) - PROMPTS[row]
+        kind = [1, 2, 3, 1][index] if index < 4 else 0
+        assert got[row, node].isfinite().nonzero().tolist() == [[kind]]
+
+
+def test_a_law_is_cut_to_other_positions_and_never_to_nothing():
+    masks = torch.zeros(2, 5, dtype=torch.bool)
+    masks[0, :3], masks[1, 4] = True, True
+    table = AllowedTokens(
+        class_of_position_T=torch.tensor([0, 1, 0]), masks_CV=masks, since_prompt=True
+    )
+    law = torch.tensor([1.0, 2.0, 3.0, 4.0, float("-inf")])
+    law = torch.stack([law, law, torch.full((5,), float("-inf"))])[None]
+    positions, prompts = torch.tensor([[7, 8, 9]]), torch.tensor([7])
+    got = Allowed(table).restricted(law, positions, prompts).softmax(-1)
+    expected = torch.zeros(1, 3, 5)
+    expected[0, 0, :3] = law[0, 0, :3].softmax(-1)
+    expected[0, 1, 4] = 1.0  # nothing of the law may stand there, and one token may
+    expected[0, 2, :3] = 1 / 3
+    torch.testing.assert_close(got, expected)
+
+
 def test_a_whole_law_applies_its_stages_in_the_order_of_transformers(tree, context):
     config = LawConfig(
         temperature=0.7, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.2, bad_words=BAD,

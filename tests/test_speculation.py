@@ -333,7 +333,10 @@ class Unknown(LogitsProcessor):
 REFUSED = {
     "beams": ({"num_beams": 2}, "generation mode 'beam_search'"),
     "lookup": ({"prompt_lookup_num_tokens": 3}, "'assisted_generation'.*lookup_num_tokens=3"),
-    "guidance": ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
+    "guidance": (
+        {"guidance_scale": 2.0, "negative_prompt_ids": torch.ones(3, 2, dtype=torch.long)},
+        "negative_prompt_ids must hold one row per sequence",
+    ),
     "processor": ({"logits_processor": LogitsProcessorList([Unknown()])}, "Unknown is unknown"),
     "scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores"),
     "logits": ({"return_dict_in_generate": True, "output_logits": True}, "output_logits"),

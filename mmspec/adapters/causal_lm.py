@@ -131,8 +131,14 @@ def commit_rows(cache: SlotCache, rows: TokenRows, proposal: Proposal, verdict: 
     return outcome
 
 
-def check_fits(model: Any, rows: TokenRows) -> None:
+def check_fits(model: Any, rows: TokenRows, more: Sequence[int] = ()) -> None:
     """Refuses rows that are longer than the model's context, before anything runs.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        more: By how many tokens the longest prompt that each row is decoded with exceeds the
+            row's own; empty where there is no other.
 
     Raises:
         ValueError: With the row's length and the model's.
@@ -141,11 +147,12 @@ def check_fits(model: Any, rows: TokenRows) -> None:
     if context is None:
         return
     for row, (prompt, limit) in enumerate(zip(rows.prompt_lengths, rows.host_limits, strict=True)):
-        if limit > context:
+        extra = more[row] if more else 0
+        if limit + extra > context:
             raise ValueError(
-                f"row {row} has {prompt} prompt tokens and may get {limit - prompt} new ones, "
-                f"{limit} in all; {type(model).__name__} has a context of {context}. "
-                "Shorten the prompt or lower max_new_tokens"
+                f"row {row} has {prompt + extra} prompt tokens and may get {limit - prompt} new "
+                f"ones, {limit + extra} in all; {type(model).__name__} has a context of {context}. "
+                "Shorten the prompt, or ask for fewer tokens or a smaller image"
             )
 
 

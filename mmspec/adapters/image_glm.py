@@ -1,18 +1,20 @@
 """GLM-Image as an image family: a small grid of codes, then the large one that diffusers paints.
 
 transformers keeps the positions of the coming codes on the module, so that one model serves one
-request at a time. Here they are a table on the family object, which is bound to a size and belongs
-to one request; the model is only read. Shape suffixes as in `mmspec.records`, and
+request at a time. Here they are a table of the image's layout, which belongs to one request; the
+model is only read. Shape suffixes as in `mmspec.records`, and
     A  axes of a position: time, height, width
 """
 
-import copy
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmspec.adapters.token_image import ImageLayout
 from mmspec.checks import is_integer, require
 from mmspec.forward import text_device
 from mmspec.rows import TokenRows
@@ -20,7 +22,8 @@ from mmspec.rows import TokenRows
 #: Pixels per code and side.
 PIXELS_PER_CODE = 32
 DEFAULT_SIDE = 1024
-_DEFAULT_GRIDS = ((16, 16), (32, 32))
+#: Codes on a side of a square small grid.
+SMALL_SIDE = 16
 
 #: What `generate` is given for this model besides the inputs of a plain decoder.
 GENERATE_INPUTS = frozenset({"image_grid_thw", "images_per_sample", "mm_encoder_outputs"})
@@ -33,10 +36,6 @@ class GlmImageFamily:
 
     The head also knows special tokens, the end of the image among them. They are cut off, so
     every image is complete, and the end needs no forward.
-
-    Attributes:
-        grids: Rows and columns of the grids, in the order in which they are written.
-        map_shape: Rows and columns of the last grid, which is the image.
     """
 
     no_guidance = (
@@ -48,20 +47,48 @@ class GlmImageFamily:
         "mmspec.pipelines.accelerate(pipe) for diffusers' GlmImagePipeline, which paints the codes"
     )
 
-    def __init__(self, model: Any, grids: Sequence[Grid] = _DEFAULT_GRIDS) -> None:
-        """Takes the model apart.
-
-        Args:
-            model: The loaded model.
-            grids: As the attribute; those of a 1024 x 1024 image if not given.
-        """
+    def __init__(self, model: Any) -> None:
+        """Takes the model apart."""
         self._model = model
         self.backbone = model.model.language_model
         self.codebook_size = model.model.vqmodel.config.num_embeddings
-        self._set_grids(grids)
 
-    def with_grids(self, image_grid_thw: Tensor, images_per_sample: Tensor) -> "GlmImageFamily":
-        """The family bound to the grids of a request.
+    def layout(self, height: int | None, width: int | None) -> ImageLayout:
+        """The small grid and then the large one, of an image of any size that the codes tile.
+
+        Raises:
+            ValueError: If a side is no multiple of 32.
+        """
+        for name, side in (("height", height), ("width", width)):
+            is_tiled = is_integer(side) and side > 0 and side % PIXELS_PER_CODE == 0
+            rule = f"None or a multiple of {PIXELS_PER_CODE} pixels"
+            require(side is None or is_tiled, name, rule, side)
+        rows = (DEFAULT_SIDE if height is None else height) // PIXELS_PER_CODE
+        columns = (DEFAULT_SIDE if width is None else width) // PIXELS_PER_CODE
+        # The processor's rule: the same shape in about 16 x 16 codes.
+        ratio = rows / columns
+        small = int(math.sqrt(ratio) * SMALL_SIDE), int(math.sqrt(1 / ratio) * SMALL_SIDE)
+        return self.layout_of([small, (rows, columns)])
+
+    def layout_of(self, grids: Sequence[Grid]) -> ImageLayout:
+        """The layout of grids (rows, columns) in the order in which they are written.
+
+        The last is the picture.
+        """
+        rows, columns = grids[-1]
+        num_tokens = sum(height * width for height, width in grids)
+        offsets_AT = _grid_offsets(grids).to(text_device(self._model))
+        return ImageLayout(
+            rows=rows,
+            columns=columns,
+            num_tokens=num_tokens,
+            stride=columns,
+            code_index=torch.arange(num_tokens - rows * columns, num_tokens),
+            place=functools.partial(place_codes, offsets_AT),
+        )
+
+    def layout_in(self, image_grid_thw: Tensor, images_per_sample: Tensor) -> ImageLayout:
+        """The layout of a request.
 
         Args:
             image_grid_thw: As the processor returns it, ``[B * 2, 3]``: the large grid and then
@@ -77,41 +104,36 @@ class GlmImageFamily:
         require(set(counts) == {2}, "images_per_sample", "2 (text to image) throughout", counts)
         (_, *large), (_, *small) = rows[:2]
         require(rows == rows[:2] * len(counts), "image_grid_thw", "the same for all images", rows)
-        bound = copy.copy(self)
-        bound._set_grids([(small[0], small[1]), (large[0], large[1])])
-        return bound
+        return self.layout_of([(small[0], small[1]), (large[0], large[1])])
 
-    def prepare(
-        self, processor: Any, prompts: Sequence[str], height: int | None, width: int | None
-    ) -> tuple["GlmImageFamily", list[list[int]]]:
-        """The family at a size, and the token ids of each prompt, which depend on the size.
-
-        Args:
-            processor: `transformers.GlmImageProcessor`.
-            prompts: What to show.
-            height: Pixels, a multiple of 32; None is 1024.
-            width: The same.
+    def prompt(self, processor: Any, text: str, layout: ImageLayout) -> list[int]:
+        """Token ids of a prompt, which name the grids of the image.
 
         Raises:
-            ValueError: If a side is no multiple of 32 or the processor has no chat template.
+            ValueError: If the processor has no chat template, or means other grids.
         """
-        height = DEFAULT_SIDE if height is None else height
-        width = DEFAULT_SIDE if width is None else width
-        for name, side in (("height", height), ("width", width)):
-            is_good = is_integer(side) and side > 0 and side % PIXELS_PER_CODE == 0
-            require(is_good, name, f"a multiple of {PIXELS_PER_CODE}", side)
-        family, rows = self, []
-        for text in prompts:
-            inputs = processor.apply_chat_template(
-                [[{"role": "user", "content": [{"type": "text", "text": text}]}]],
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"target_h": height, "target_w": width},
-            )
-            rows.append(inputs["input_ids"][0].tolist())
-            family = self.with_grids(inputs["image_grid_thw"], inputs["images_per_sample"])
-        return family, rows
+        inputs = processor.apply_chat_template(
+            [[{"role": "user", "content": [{"type": "text", "text": text}]}]],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={
+                "target_h": layout.rows * PIXELS_PER_CODE,
+                "target_w": layout.columns * PIXELS_PER_CODE,
+            },
+        )
+        meant = self.layout_in(inputs["image_grid_thw"], inputs["images_per_sample"])
+        sizes, known = ((one.rows, one.columns, one.num_tokens) for one in (meant, layout))
+        require(sizes == known, "rows, columns and tokens of the processor", f"{known}", sizes)
+        return [int(token) for token in inputs["input_ids"][0]]
+
+    def negative(self, processor: Any, text: str, layout: ImageLayout) -> list[int]:
+        """Refused.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"negative_prompt is not supported: {self.no_guidance}")
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Prompt tokens to embeddings; text and codes share one table."""
@@ -133,20 +155,7 @@ class GlmImageFamily:
         """
         raise ValueError(self.no_guidance)
 
-    def position_ids(self, positions_BN: Tensor, prompt_lengths_B: Tensor) -> Tensor:
-        """Text counts on all axes alike; codes lie on their grid behind it, ``[A, B, N]``.
-
-        Args:
-            positions_BN: Places in the row, counted from 0.
-            prompt_lengths_B: Tokens of each prompt.
-        """
-        prompt_B1 = prompt_lengths_B[:, None]
-        index = positions_BN - prompt_B1
-        last = self._offsets_AT.shape[1] - 1
-        offsets = self._offsets_AT.to(index.device)[:, index.clamp(0, last)]
-        return torch.where(index >= 0, prompt_B1 + offsets, positions_BN)
-
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, layout: ImageLayout) -> Tensor:
         """Refused.
 
         Raises:
@@ -154,12 +163,20 @@ class GlmImageFamily:
         """
         raise ValueError(self.no_pixels)
 
-    def _set_grids(self, grids: Sequence[Grid]) -> None:
-        self.grids = tuple(grids)
-        self.map_shape = self.grids[-1]
-        self.num_image_tokens = sum(height * width for height, width in self.grids)
-        self.grid_width = self.map_shape[1]
-        self._offsets_AT = _grid_offsets(self.grids).to(text_device(self._model))
+
+def place_codes(offsets_AT: Tensor, positions_BN: Tensor, prompt_lengths_B: Tensor) -> Tensor:
+    """Text counts on all axes alike; codes lie on their grid behind it, ``[A, B, N]``.
+
+    Args:
+        offsets_AT: Position of each new token behind the prompt.
+        positions_BN: Places in the row, counted from 0.
+        prompt_lengths_B: Tokens of each prompt.
+    """
+    prompt_B1 = prompt_lengths_B[:, None]
+    index = positions_BN - prompt_B1
+    last = offsets_AT.shape[1] - 1
+    offsets = offsets_AT.to(index.device)[:, index.clamp(0, last)]
+    return torch.where(index >= 0, prompt_B1 + offsets, positions_BN)
 
 
 def place_in_generate(
@@ -184,8 +201,8 @@ def place_in_generate(
         return None
     if counts is None:
         counts = torch.tensor([len(grids)])
-    family = GlmImageFamily(model).with_grids(grids, counts)
-    return lambda positions_BN: family.position_ids(positions_BN, rows.prompt_lengths_B)
+    place: Any = GlmImageFamily(model).layout_in(grids, counts).place
+    return lambda positions_BN: place(positions_BN, rows.prompt_lengths_B)
 
 
 def _grid_offsets(grids: Sequence[Grid]) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from mmspec.adapters.constraints import Constrained, TokensByPosition
 from mmspec.checks import is_list, require
 from mmspec.sampling import (
     NEG_INF,
@@ -408,6 +409,16 @@ def _forced_eos(processor: Any, layout: Layout) -> Stage:
     return Forced(_inside(processor.eos_token_id, layout), index)
 
 
+def _by_position(processor: Any, layout: Layout) -> Any:
+    constraint = processor._prefix_allowed_tokens_fn
+    if not isinstance(constraint, TokensByPosition):
+        return NotImplemented
+    rule = f"the number of columns of input_ids, {layout.width}"
+    is_good = constraint.prompt_width == layout.width
+    require(is_good, "prompt_width of TokensByPosition", rule, constraint.prompt_width)
+    return Constrained(constraint.table)
+
+
 #: Name -> the vectorised stage; `NotImplemented` where these settings have none.
 _TWINS: dict[str, Callable[[Any, Layout], Any]] = {
     "ForcedBOSTokenLogitsProcessor": _forced_bos,
@@ -416,6 +427,7 @@ _TWINS: dict[str, Callable[[Any, Layout], Any]] = {
     "MinNewTokensLengthLogitsProcessor": _min_new_tokens,
     "MinPLogitsWarper": _min_p,
     "NoBadWordsLogitsProcessor": _bad_words,
+    "PrefixConstrainedLogitsProcessor": _by_position,
     "RepetitionPenaltyLogitsProcessor": _repetition,
     "SuppressTokensAtBeginLogitsProcessor": _suppress_at_begin,
     "SuppressTokensLogitsProcessor": _suppress,

@@ -4,50 +4,93 @@ One forward serves the conditional and the unconditional rows of classifier-free
 share every draft. What differs between model families is in `FAMILIES`.
 """
 
+import importlib
 import time
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mmspec.adapters.causal_lm import check_fits
+from mmspec.adapters.guidance import Guidance
 from mmspec.forward import SlotForward, as_law_dtype
+from mmspec.law_config import AllowedTokens
 from mmspec.records import Outcome, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLayout:
+    """How an image of one size lies in the new tokens of a row.
+
+    Attributes:
+        rows: Codes from top to bottom.
+        columns: Codes from left to right.
+        num_tokens: New tokens of a row, forced ones and other grids included.
+        stride: Tokens from a code to the one below it.
+        code_index: Which of the new tokens is each code, ``[rows * columns]``, int64, on the CPU.
+        allowed: Which tokens may stand where; None where any code may.
+        place: Positions as the backbone counts them, ``[..., B, N]``, of places in the rows
+            ``[B, N]`` behind prompts of the lengths ``[B]``; None where they are the same.
+    """
+
+    rows: int
+    columns: int
+    num_tokens: int
+    stride: int
+    code_index: Tensor
+    allowed: AllowedTokens | None = None
+    place: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
 class ImageFamily(Protocol):
-    """What a family of image models has to say; all tensors are batch first."""
+    """What a family of image models has to say; all tensors are batch first.
+
+    A *token* is what a row holds: one of ``codebook_size`` ids, image codes first. Most families
+    have no others; forced tokens (line ends, the end of the image) come behind the codes.
+    """
 
     backbone: Any
-    num_image_tokens: int
-    grid_width: int
     codebook_size: int
+
+    def layout(self, height: int | None, width: int | None) -> ImageLayout:
+        """The layout of images of this size in pixels; None is the family's own size.
+
+        Raises:
+            ValueError: With the rule, if the family makes no images of this size.
+        """
+
+    def prompt(self, processor: Any, text: str, layout: ImageLayout) -> list[int]:
+        """Token ids of a prompt, the token that begins the image last."""
+
+    def negative(self, processor: Any, text: str, layout: ImageLayout) -> list[int]:
+        """The same for a negative prompt.
+
+        Raises:
+            ValueError: If the family takes none.
+        """
+
+    def unconditional(self, prompt: Sequence[int]) -> list[int]:
+        """The prompt that guidance steers away from where none is given.
+
+        Args:
+            prompt: The prompt, without the token that begins the image; so is the answer.
+        """
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Prompt tokens to embeddings ``[..., hidden]``."""
 
     def embed_image(self, codes: Tensor) -> Tensor:
-        """Image codes to embeddings ``[..., hidden]``."""
+        """Tokens of a row to embeddings ``[..., hidden]``."""
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states to logits over the codebook."""
+        """Hidden states to logits over the ``codebook_size`` tokens."""
 
-    def unconditional(self, prompt: Sequence[int]) -> list[int]:
-        """The prompt that guidance steers away from, of the same length."""
+    def decode(self, codes: Tensor, layout: ImageLayout) -> Tensor:
+        """Codes ``[B, rows * columns]`` to pixels ``[B, height, width, 3]`` in [0, 1]."""
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes ``[B, num_image_tokens]`` to pixels ``[B, height, width, 3]`` in [0, 1]."""
-
-    # A family may also have
-    #   position_ids(positions_BN, prompt_lengths_B): positions as its backbone counts them,
-    #       ``[..., B, N]``; without it a token's position is its place in the row;
-    #   prepare(processor, prompts, height, width): the family bound to a size, and each prompt's
-    #       token ids; without it images have one size and the pipeline makes the ids;
-    #   map_shape: rows and columns of the picture, if it is not all of the codes but the last;
-    #   no_guidance, no_pixels: why there is no `unconditional`, no `decode`.
+    # A family without guidance or without a pixel decoder says why in `no_guidance`, `no_pixels`.
 
 
 class JanusFamily:
@@ -66,7 +109,7 @@ class JanusFamily:
         self.codebook_size = model.model.vqmodel.config.num_embeddings
         config = model.generation_config
         kwargs = getattr(config, "generation_kwargs", None) or {}
-        self.boi_token_id = kwargs.get("boi_token_id")
+        self.boi_token_id: Any = kwargs.get("boi_token_id")
         if self.boi_token_id is None:
             raise ValueError(
                 "the model's generation_config.generation_kwargs must hold 'boi_token_id', the "
@@ -74,6 +117,51 @@ class JanusFamily:
             )
         self._kept = {config.bos_token_id, self.boi_token_id}
         self._pad = config.pad_token_id
+
+    def layout(self, height: int | None, width: int | None) -> ImageLayout:
+        """The one grid there is.
+
+        Raises:
+            ValueError: If a size is asked for.
+        """
+        if height is not None or width is not None:
+            raise ValueError(
+                f"Janus makes images of one size; leave height and width at None, got "
+                f"height={height!r}, width={width!r}"
+            )
+        return ImageLayout(
+            rows=self.grid_width,
+            columns=self.grid_width,
+            num_tokens=self.num_image_tokens,
+            stride=self.grid_width,
+            code_index=torch.arange(self.num_image_tokens),
+        )
+
+    def prompt(self, processor: Any, text: str, layout: ImageLayout) -> list[int]:
+        """Token ids of a prompt by its chat template if it has one; begin-of-image last."""
+        if hasattr(processor, "image_processor"):
+            if getattr(processor, "chat_template", None):
+                content = [{"type": "text", "text": text}]
+                text = processor.apply_chat_template(
+                    [{"role": "user", "content": content}], add_generation_prompt=True
+                )
+            ids = processor(text=[text], generation_mode="image")["input_ids"][0]
+        else:
+            ids = processor(text)["input_ids"]
+        ids = [int(token) for token in ids]
+        return ids if ids[-1] == self.boi_token_id else [*ids, self.boi_token_id]
+
+    def negative(self, processor: Any, text: str, layout: ImageLayout) -> list[int]:
+        """Refused: Janus is steered away from padding."""
+        raise ValueError(
+            "negative_prompt is not supported by Janus, whose guidance steers away from padding"
+        )
+
+    def unconditional(self, prompt: Sequence[int]) -> list[int]:
+        """Everything but the begin tokens becomes padding, as transformers does it."""
+        if self._pad is None:
+            raise ValueError("guidance needs generation_config.pad_token_id, got None")
+        return [token if token in self._kept else self._pad for token in prompt]
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Prompt tokens to embeddings."""
@@ -87,22 +175,17 @@ class JanusFamily:
         """Hidden states to logits over the codebook."""
         return self._model.model.generation_head(hidden)
 
-    def unconditional(self, prompt: Sequence[int]) -> list[int]:
-        """Everything but the begin tokens becomes padding, as transformers does it."""
-        if self._pad is None:
-            raise ValueError("guidance needs generation_config.pad_token_id, got None")
-        return [token if token in self._kept else self._pad for token in prompt]
-
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, layout: ImageLayout) -> Tensor:
         """Codes to pixels in [0, 1]."""
         pixels = self._model.decode_image_tokens(codes)
         return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
 
 
-#: Model type -> "module:class", imported on first use. Other classes are refused by name.
+#: Model type -> (module, class), imported on demand. Other models are refused by name.
 FAMILIES = {
-    "glm_image": "mmspec.adapters.image_glm:GlmImageFamily",
-    "janus": "mmspec.adapters.token_image:JanusFamily",
+    "emu3": ("mmspec.adapters.image_emu3", "Emu3Family"),
+    "glm_image": ("mmspec.adapters.image_glm", "GlmImageFamily"),
+    "janus": ("mmspec.adapters.token_image", "JanusFamily"),
 }
 
 
@@ -118,17 +201,17 @@ def image_family(model: Any) -> ImageFamily:
             f"{type(model).__name__} ({kind}) is not a known image model; "
             f"known: {', '.join(sorted(FAMILIES))}"
         )
-    module, _, name = FAMILIES[kind].partition(":")
-    return getattr(import_module(module), name)(model)
+    module, name = FAMILIES[kind]
+    return getattr(importlib.import_module(module), name)(model)
 
 
 class TokenImageTarget:
-    """An image model over token rows: the prompt is text, everything after it image codes.
+    """An image model over token rows: the prompt is text, everything after it image tokens.
 
     Attributes:
         rows: The committed tokens.
         forward: The backbone on its slot cache; with guidance it has two rows per image.
-        vocab_size: Size of the codebook.
+        vocab_size: Ids that a row's new tokens can have.
     """
 
     def __init__(
@@ -137,6 +220,8 @@ class TokenImageTarget:
         rows: TokenRows,
         *,
         guidance_scale: float = 1.0,
+        negatives: Sequence[Sequence[int]] | None = None,
+        place: Callable[[Tensor, Tensor], Tensor] | None = None,
         compile: bool = False,
     ) -> None:
         """Wraps a model.
@@ -146,31 +231,38 @@ class TokenImageTarget:
             rows: The rows; the last prompt token begins the image.
             guidance_scale: ``s`` in ``uncond + s * (cond - uncond)``; at 1 the unconditional rows
                 are left out.
+            negatives: The prompt of each unconditional row, the token that begins the image last;
+                None leaves it to the family.
+            place: As in `ImageLayout`.
             compile: Compile the step's forward.
 
         Raises:
-            ValueError: If the scale is negative, the family has no guidance, or a row does not fit
-                the context.
+            ValueError: If the scale is negative, the family has no guidance, a row does not fit
+                the context, or a negative prompt ends otherwise than its row's own.
         """
-        if not guidance_scale >= 0:
-            raise ValueError(f"guidance_scale must be >= 0, got {guidance_scale}")
         no_guidance = getattr(family, "no_guidance", None)
         if no_guidance is not None and guidance_scale != 1:
             raise ValueError(f"{no_guidance}, got {guidance_scale}")
-        check_fits(family.backbone, rows)
+        if guidance_scale == 1.0:
+            negatives = None
+        elif negatives is None:
+            negatives = [[*family.unconditional(ids), begin] for *ids, begin in rows.host_tokens]
+        for negative, tokens in zip(negatives or (), rows.host_tokens, strict=False):
+            if negative[-1:] != tokens[-1:]:
+                raise ValueError("a negative prompt must end with the token that begins the image")
         self.rows = rows
         self.vocab_size = family.codebook_size
         self._family = family
-        self._scale = guidance_scale
-        self._is_guided = guidance_scale != 1.0
-        self._copies = 2 if self._is_guided else 1
+        self._guidance = Guidance(rows, guidance_scale, negatives)
+        self._guidance.check_fits(family.backbone)
         self.forward = SlotForward(
             family.backbone,
-            num_rows=rows.num_rows * self._copies,
-            capacity=rows.capacity,
+            num_rows=self._guidance.num_rows,
+            capacity=self._guidance.capacity,
             compile=compile,
-            place=self._place if hasattr(family, "position_ids") else None,
+            place=None if place is None else self._placed,
         )
+        self._place = place
         self._first_logits: Tensor | None = None
 
     @property
@@ -180,35 +272,21 @@ class TokenImageTarget:
 
     def prefill(self) -> None:
         """Caches every prompt and keeps the logits behind it, which answer a first plain step."""
-        prompts = self.rows.host_tokens
-        if self._is_guided:
-            prompts = prompts + [
-                [*self._family.unconditional(tokens), begin] for *tokens, begin in prompts
-            ]
-        counts = [len(prompt) for prompt in prompts]
-        padded = [prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts]
-        ids = torch.tensor(padded, device=self.rows.tokens_BT.device)
-        embeds = self._family.embed_text(ids)
-        hidden = self.forward.extend({"inputs_embeds": embeds}, [0] * len(counts), counts)
+        hidden = self._guidance.prefill(
+            self.forward, lambda ids: {"inputs_embeds": self._family.embed_text(ids)}
+        )
         self._first_logits = self._guided(self._family.head(hidden))
 
     def score(self, proposal: Proposal) -> Scores:
         """One forward over the drafts, guided; none for a first step without drafts."""
-        rows = self.rows
-        positions_BN = rows.positions(proposal.depth_BN)
+        positions_BN = self.rows.positions(proposal.depth_BN)
         first, self._first_logits = self._first_logits, None
         if first is not None and proposal.width == 1:
             return Scores(logits_BNV=first, positions_BN=positions_BN, forward_time_s=0.0)
-        embeds = self._embed(proposal.tokens_BN)
+        embeds = self._guidance.twice(self._embed(proposal.tokens_BN))
         started = time.perf_counter()
         output = self.forward.run(
-            {"inputs_embeds": self._copied(embeds)},
-            cached_B=self._copied(rows.lengths_B - 1),
-            host_cached=[len(tokens) - 1 for tokens in rows.host_tokens] * self._copies,
-            depth_BN=self._copied(proposal.depth_BN),
-            ancestors_BNN=self._copied(proposal.ancestors_BNN),
-            positions_BN=self._copied(positions_BN),
-            is_chain=proposal.is_chain,
+            {"inputs_embeds": embeds}, **self._guidance.run_arguments(proposal, positions_BN)
         )
         logits = self._family.head(output.last_hidden_state)
         elapsed = time.perf_counter() - started
@@ -217,27 +295,15 @@ class TokenImageTarget:
 
     def commit(self, proposal: Proposal, verdict: Verdict) -> Outcome:
         """Appends the survivors and moves a tree path's keys into place."""
-        cached_B = self._copied(self.rows.lengths_B - 1)
-        outcome = self.rows.commit(verdict)
-        longest = max(outcome.num_accepted)
-        if not proposal.is_chain and longest > 0:
-            self.forward.cache.commit_path(
-                self._copied(verdict.path_BM[:, : longest + 1]), cached_B
-            )
-        return outcome
+        return self._guidance.commit(self.forward.cache, proposal, verdict)
 
-    def _place(self, positions_BN: Tensor) -> Tensor:
-        """Position ids of all copies, as the family counts them."""
-        prompt_lengths_B = self._copied(self.rows.prompt_lengths_B)
-        return self._family.position_ids(positions_BN, prompt_lengths_B)  # type: ignore[attr-defined]
+    def _placed(self, positions_GN: Tensor) -> Tensor:
+        prompt_lengths_G = self._guidance.shifted(self.rows.prompt_lengths_B)
+        return self._place(positions_GN, prompt_lengths_G)  # type: ignore[misc]
 
     def _guided(self, logits: Tensor) -> Tensor:
-        """One law per image, ``[B, N, V]``, from the logits of all copies."""
-        logits = as_law_dtype(logits).to(self.rows.lengths_B.device)
-        if not self._is_guided:
-            return logits
-        conditional, unconditional = logits.chunk(2)
-        return unconditional + self._scale * (conditional - unconditional)
+        """One law per image, ``[B, N, V]``, from the logits of both halves."""
+        return self._guidance.mixed(as_law_dtype(logits).to(self.rows.lengths_B.device))
 
     def _embed(self, tokens_BN: Tensor) -> Tensor:
         """Roots of fresh rows are text, everything else is image."""
@@ -252,7 +318,3 @@ class TokenImageTarget:
             fresh_B = torch.tensor(is_fresh, device=embeds.device)[:, None]
             embeds[:, 0] = torch.where(fresh_B, root[:, 0], embeds[:, 0])
         return embeds
-
-    def _copied(self, tensor: Tensor) -> Tensor:
-        """Once per guidance copy, conditional rows first."""
-        return torch.cat([tensor] * self._copies) if self._is_guided else tensor

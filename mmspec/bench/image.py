@@ -159,7 +159,7 @@ def run(
 
 
 def _default_window(pipe: SpeculativeImagePipeline, batch: int) -> int:
-    return default_window(image_family(pipe.model).num_image_tokens, batch)
+    return default_window(image_family(pipe.model).layout(None, None).num_tokens, batch)
 
 
 def _systems(decoders: Sequence[str], windows: Sequence[int]) -> dict[str, tuple[str, int]]:

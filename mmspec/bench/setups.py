@@ -298,10 +298,10 @@ def _tiny_janus() -> nn.Module:
 
 def image_rows(pipe: SpeculativeImagePipeline, captions: Sequence[str], seed: int) -> TokenRows:
     """Rows for these captions; row i draws with the generator of ``seed + 1000 * i``."""
-    family = image_family(pipe.model)
+    layout = image_family(pipe.model).layout(None, None)
     return TokenRows(
         [pipe._prompt_ids(text) for text in captions],
-        max_new_tokens=[family.num_image_tokens] * len(captions),
+        max_new_tokens=[layout.num_tokens] * len(captions),
         keys_B=row_keys(seeded(seed, len(captions)), len(captions)),
         device=pipe.device,
     )
@@ -322,7 +322,7 @@ def image_engine(
     law = build_law(LawConfig(temperature=temperature))
     target = TokenImageTarget(family, rows, guidance_scale=guidance)
     drafter = build_drafter(
-        "none" if width == 1 else {"name": "jacobi", "stride": family.grid_width},
+        "none" if width == 1 else {"name": "jacobi", "stride": family.layout(None, None).stride},
         target=target,
         rows=rows,
         law=law,

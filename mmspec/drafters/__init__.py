@@ -85,6 +85,7 @@ def build_drafter(
             "is_greedy": law.is_greedy,
             "shared_noise": shared_noise,
             "keep_laws": not shared_noise,
+            "allowed": law.allowed,
         } | options
     elif name == "early_exit":
         depth = target.forward.model.config.get_text_config(decoder=True).num_hidden_layers

@@ -3,7 +3,9 @@
 What the rule chose behind the accepted path becomes the next guess (and the law it was chosen by
 its draft law). New positions at the end of the window have no guess yet; they are drawn from the
 law of a neighbour, above in a grid or the last known one, never from a one-hot guess, because a
-one-hot guess is accepted with the probability of one token only.
+one-hot guess is accepted with the probability of one token only. Where the target's law goes by
+position (line ends, the end of an image), the neighbour's law is cut to what may stand there, so
+that a forced token is always guessed and never costs a rejection.
 
 Sources: speculative Jacobi decoding (arXiv 2410.01699); shared noise per position goes back to
 predictive sampling (Wiggers and Hoogeboom 2020).
@@ -18,7 +20,7 @@ from mmspec.drafters.plain import root_only
 from mmspec.noise import Salt, gumbel
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.sampling import sample
+from mmspec.sampling import Allowed, sample
 from mmspec.tree import pack_chain
 
 
@@ -37,6 +39,7 @@ class JacobiDrafter:
         is_greedy: bool = False,
         shared_noise: bool = True,
         keep_laws: bool = False,
+        allowed: Allowed | None = None,
     ) -> None:
         """Makes an empty window.
 
@@ -50,6 +53,7 @@ class JacobiDrafter:
             shared_noise: Draw new positions with the noise of the target's own choice (for the
                 exact rule); otherwise with fresh noise (for rules that keep only the law).
             keep_laws: Hand the laws of the guesses to the rule.
+            allowed: The stage of the target's law that says which tokens may stand where.
 
         Raises:
             ValueError: If the stride is below 1.
@@ -63,6 +67,7 @@ class JacobiDrafter:
         self._is_greedy = is_greedy
         self._shared_noise = shared_noise
         self._keep_laws = keep_laws and not is_greedy
+        self._allowed = allowed
         # A ring by position: far enough back for the row above, far enough ahead for the window.
         self._ring = 2 * max_width + (stride or 0) + 1
         self._laws_BRV: Tensor | None = None
@@ -114,6 +119,9 @@ class JacobiDrafter:
         slot = source % self._ring
         laws = self._laws_BRV[self._row_B1, slot]  # type: ignore[index]
         stored = self._guesses_BR[self._row_B1, slot]  # type: ignore[index]
+        if self._allowed is not None:
+            # Stored laws are cut already, and stay as they are.
+            laws = self._allowed.restricted(laws, position, self._rows.prompt_lengths_B)
         drawn = sample(laws, None if self._is_greedy else self._noise(position))
         return torch.where(is_known, stored, drawn), laws
 

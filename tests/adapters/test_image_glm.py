@@ -1,5 +1,6 @@
 """GLM-Image as a target, against transformers' own generate on tiny random weights in float64."""
 
+import dataclasses
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import DynamicCache
 
 import mmspec
 from mmspec.adapters.image_glm import GlmImageFamily
-from mmspec.adapters.token_image import image_family
+from mmspec.adapters.token_image import ImageLayout, image_family
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
 from mmspec.pipelines import SpeculativeImagePipeline
@@ -40,16 +41,17 @@ def padded(prompts, large=LARGE, small=SMALL):
     }
 
 
-def bound(model, prompts=PROMPTS, **grids) -> GlmImageFamily:
+def layout_of(model, prompts=PROMPTS, **grids) -> ImageLayout:
     inputs = padded(prompts, **grids)
-    return image_family(model).with_grids(inputs["image_grid_thw"], inputs["images_per_sample"])
+    return image_family(model).layout_in(inputs["image_grid_thw"], inputs["images_per_sample"])
 
 
 def engine(model, prompts=PROMPTS, *, window=1, seeds=None, rule="exact", law=None, **grids):
     seeds = range(len(prompts)) if seeds is None else seeds
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return image_engine(
-        bound(model, prompts, **grids),
+        image_family(model),
+        layout_of(model, prompts, **grids),
         prompts,
         rule=rule,
         law=build_law(law or LawConfig()),
@@ -73,12 +75,12 @@ def test_positions_are_those_of_transformers(model, large, small):
     model.model.get_rope_index(**inputs)
     theirs_B3T = model.model._cached_decode_position_ids
     lengths_B = inputs["attention_mask"].sum(1)
-    family = bound(model, large=large, small=small)
+    place = layout_of(model, large=large, small=small).place
     place_BT = lengths_B[:, None] + torch.arange(theirs_B3T.shape[2])
-    ours_3BT = family.position_ids(place_BT, lengths_B)
+    ours_3BT = place(place_BT, lengths_B)
     assert torch.equal(ours_3BT.permute(1, 0, 2), theirs_B3T)
     # Text counts on, and places behind the end mark stay on it.
-    text = family.position_ids(torch.tensor([[0, 1, 99]] * len(PROMPTS)), lengths_B)
+    text = place(torch.tensor([[0, 1, 99]] * len(PROMPTS)), lengths_B)
     assert text[:, :, :2].tolist() == [[[0, 1]] * len(PROMPTS)] * 3
     assert torch.equal(text[:, :, 2].T, theirs_B3T[:, :, -1])
 
@@ -88,15 +90,18 @@ def test_positions_are_those_of_transformers(model, large, small):
 def test_greedy_is_that_of_transformers(seed, window):
     model = glm_model(seed=seed)
     inputs = padded(PROMPTS)
-    count = bound(model).num_image_tokens
+    count = layout_of(model).num_tokens
     options = {"do_sample": False, "max_new_tokens": count, "suppress_tokens": SUPPRESSED}
     theirs = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
     assert codes(model, window=window, law=GREEDY) == theirs.tolist()
 
 
 def test_positions_matter_to_the_tokens(model, monkeypatch):
+    layout_of_grids = GlmImageFamily.layout_of
     with_grids = codes(model, law=GREEDY)
-    monkeypatch.delattr(GlmImageFamily, "position_ids")
+    monkeypatch.setattr(
+        GlmImageFamily, "layout_of", lambda *a: dataclasses.replace(layout_of_grids(*a), place=None)
+    )
     assert codes(model, law=GREEDY) != with_grids
 
 
@@ -106,7 +111,7 @@ def test_special_tokens_are_never_drawn_where_transformers_draws_them():
     with torch.no_grad():
         model.lm_head.weight[END] = model.lm_head.weight[:CODES].mean(0) * 20
     inputs = padded(PROMPTS)
-    count = bound(model).num_image_tokens
+    count = layout_of(model).num_tokens
     torch.manual_seed(0)
     theirs = model.generate(**inputs, do_sample=True, max_new_tokens=count)
     assert bool((theirs[:, inputs["input_ids"].shape[1] :] >= CODES).any())
@@ -206,7 +211,7 @@ def test_exact_is_sequential_at_random(run):
 def test_speculate_keeps_the_greedy_tokens_of_generate(drafter, num_rows):
     model = glm_model(seed=2)
     inputs = padded(PROMPTS[:num_rows])
-    options = {"do_sample": False, "max_new_tokens": bound(model).num_image_tokens + 1}
+    options = {"do_sample": False, "max_new_tokens": layout_of(model).num_tokens + 1}
     theirs = model.generate(**inputs, **options)
     fast = mmspec.speculate(drafter=drafter, width=7, schedule="fixed")
     assert torch.equal(model.generate(**inputs, custom_generate=fast, **options), theirs)
@@ -244,13 +249,13 @@ def test_speculate_refuses_what_is_no_text_to_image(model, changes, message):
 
 def test_source_images_are_refused(model):
     with pytest.raises(ValueError, match=r"images_per_sample must be 2 \(text to image\)"):
-        image_family(model).with_grids(torch.tensor([[1, 2, 2]]), torch.tensor([1]))
+        image_family(model).layout_in(torch.tensor([[1, 2, 2]]), torch.tensor([1]))
 
 
 def test_images_of_several_sizes_are_refused(model):
     grids = torch.tensor([[1, 2, 2], [1, 1, 1], [1, 2, 3], [1, 1, 1]])
     with pytest.raises(ValueError, match="image_grid_thw must be the same for all images"):
-        image_family(model).with_grids(grids, torch.tensor([2, 2]))
+        image_family(model).layout_in(grids, torch.tensor([2, 2]))
 
 
 # --------------------------------------------------------------------------- the bare pipeline
@@ -263,11 +268,12 @@ def pipe(model):
     return pipe
 
 
-def test_pipeline_makes_the_codes_of_both_grids(pipe):
+def test_pipeline_makes_the_codes_of_the_picture(pipe):
     seeds = [torch.Generator().manual_seed(s) for s in (3, 4)]
     out = pipe(["a cat", "a red dog"], height=64, width=96, generator=seeds, output_type="tokens",
                window=16)  # fmt: skip
-    assert out.tokens.shape == (2, 13 * 19 + 2 * 3)
+    assert out.tokens.shape == (2, 2 * 3)
+    assert out.stats.num_units == 2 * (13 * 19 + 2 * 3)  # behind those of the small grid
     assert out.step_maps.shape == (2, 2, 3)
     assert int(out.tokens.min()) >= 0
     assert int(out.tokens.max()) < CODES
@@ -282,8 +288,8 @@ def test_pipeline_makes_the_codes_of_both_grids(pipe):
     [
         ({"output_type": "pil"}, "no pixel decoder in transformers.*accelerate"),
         ({"guidance_scale": 3.0}, "guidance_scale must be 1"),
-        ({"height": 65}, "height must be a multiple of 32, got 65"),
-        ({"width": "64"}, "width must be a multiple of 32, got '64'"),
+        ({"height": 65}, "height must be None or a multiple of 32 pixels, got 65"),
+        ({"width": "64"}, "width must be None or a multiple of 32 pixels, got '64'"),
         ({"height": 0}, "got 0"),
     ],
 )

@@ -205,7 +205,10 @@ def test_saved_and_loaded_is_the_same(pipe, tmp_path):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer >= 1, got 0"),
         ({"generator": seeds(1)}, "a list of 1 for 3 rows"),
         ({"output_type": "gif"}, "output_type must be one of"),
-        ({"height": 64}, "makes images of one size: height and width must be None, got 64"),
+        ({"negative_prompt": "blue"}, "negative_prompt is not supported by Janus"),
+        ({"negative_prompt": "blue", "guidance_scale": 1.0}, "not supported by Janus"),
+        ({"height": 8}, "Janus makes images of one size; .* got height=8, width=None"),
+        ({"width": 8}, "Janus makes images of one size"),
         ({"callback_on_step_end": lambda: None}, "callback_on_step_end must take"),
     ],
 )
