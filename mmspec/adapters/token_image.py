@@ -175,7 +175,7 @@ class TokenImageTarget:
         self._first_logits = self._guided(self._family.head(hidden))
 
     def score(self, proposal: Proposal) -> Scores:
-        """One forward over the drafts, guided; none for a first step without drafts."""
+        """One forward over the drafts of the images that go on; none for a plain first step."""
         rows = self.rows
         positions_BN = rows.positions(proposal.depth_BN)
         first, self._first_logits = self._first_logits, None
@@ -191,8 +191,11 @@ class TokenImageTarget:
             ancestors_BNN=self._copied(proposal.ancestors_BNN),
             positions_BN=self._copied(positions_BN),
             is_chain=proposal.is_chain,
+            rows=[
+                copy * rows.num_rows + row for copy in range(self._copies) for row in rows.active
+            ],
         )
-        logits = self._family.head(output.last_hidden_state)
+        logits = self.forward.spread(self._family.head(output.last_hidden_state))
         elapsed = time.perf_counter() - started
         logits = self._guided(logits)
         return Scores(logits_BNV=logits, positions_BN=positions_BN, forward_time_s=elapsed)
