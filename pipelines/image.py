@@ -32,7 +32,9 @@ from mmspec.records import Generation, Stats
 from mmspec.rows import TokenRows
 from mmspec.sampling import Law, build_law
 from mmspec.schedule import FixedSchedule
+from mmspec.tree import BUCKETS
 from mmspec.verify import build_rule
+from mmspec.window_schedule import window_schedule
 
 #: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
 DECODERS = {"sequential": "exact", "exact": "exact", "coupled": "coupled", "sjd": "sjd"}
@@ -141,7 +143,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
                 single call with that generator gives.
             decoder: "exact" (same tokens as "sequential" with the same seed), "coupled" or "sjd"
                 (same law, other tokens), "sequential" (plain decoding).
-            window: Tokens per image and forward; None chooses by the grid and the batch.
+            window: Tokens per image and forward. None chooses it while running, by what widths
+                bring and cost ("exact" only, for it moves no token); by the grid and the batch
+                for the other decoders and with ``compile``.
             temperature: 0 is greedy.
             top_k: Keep the k most likely codes. transformers' own Janus keeps 50 unless told
                 otherwise; here nothing is cut unless asked.
@@ -163,13 +167,12 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         check_guidance(guidance_scale)
         require(isinstance(compile, bool), "compile", "True or False", compile)
         law = build_law(LawConfig(temperature=temperature, top_k=top_k, top_p=top_p))
-        width = window
-        if width is None:
-            width = default_window(self._family.num_image_tokens, len(prompts))
         if decoder == "sequential":
-            width = 1
+            window = 1
+        elif window is None and (decoder != "exact" or compile):
+            window = default_window(self._family.num_image_tokens, len(prompts))
         engine, rows = self._engine(
-            prompts, rule, law, width, guidance_scale, generator, compile, decoder
+            prompts, rule, law, window, guidance_scale, generator, compile, decoder
         )
         total = len(prompts) * self._family.num_image_tokens
         bar, after_step = self._watch(total, callback_on_step_end)
@@ -182,7 +185,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         prompts: list[str],
         rule: str,
         law: Law,
-        width: int,
+        window: int | None,
         guidance_scale: float,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         compile: bool,
@@ -195,14 +198,19 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             keys_B=row_keys(generator, len(prompts)),
             device=self.device,
         )
-        schedule = FixedSchedule(width, lambda: rows.max_remaining)
+        schedule: Any
+        if window is None:
+            kind = (guidance_scale, law.is_greedy, self.dtype, str(self.device))
+            schedule = window_schedule(self.model, kind, rows)
+        else:
+            schedule = FixedSchedule(window, lambda: rows.max_remaining)
         target = TokenImageTarget(family, rows, guidance_scale=guidance_scale, compile=compile)
         drafter = build_drafter(
             "none" if decoder == "sequential" else {"name": "jacobi", "stride": family.grid_width},
             target=target,
             rows=rows,
             law=law,
-            max_width=width,
+            max_width=BUCKETS[-1] if window is None else window,
             shared_noise=rule == "exact",
         )
         return Engine(target, drafter, build_rule(rule, law, rows), schedule), rows

@@ -191,9 +191,7 @@ class TokenImageTarget:
             ancestors_BNN=self._copied(proposal.ancestors_BNN),
             positions_BN=self._copied(positions_BN),
             is_chain=proposal.is_chain,
-            rows=[
-                copy * rows.num_rows + row for copy in range(self._copies) for row in rows.active
-            ],
+            rows=self._fed(),
         )
         logits = self.forward.spread(self._family.head(output.last_hidden_state))
         elapsed = time.perf_counter() - started
@@ -232,6 +230,11 @@ class TokenImageTarget:
             fresh_B = torch.tensor(is_fresh, device=embeds.device)[:, None]
             embeds[:, 0] = torch.where(fresh_B, root[:, 0], embeds[:, 0])
         return embeds
+
+    def _fed(self) -> list[int]:
+        """Rows of the forward that go on: each image's own and its guidance copy."""
+        rows = self.rows
+        return [copy * rows.num_rows + row for copy in range(self._copies) for row in rows.active]
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """Once per guidance copy, conditional rows first."""
