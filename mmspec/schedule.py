@@ -1,4 +1,4 @@
-"""How many units to draft now.
+"""How many units to draft now; `mmspec.window_schedule` does it for Jacobi windows of images.
 
 Schedules look at finished steps only. A schedule that peeked at the coming draft would bias the
 rules that keep a law (docs/schedule.md).
