@@ -4,13 +4,17 @@ The slot of a committed token is its position, so rows of different lengths need
 roll-back is a smaller length: slots past a row's length are masked out and later overwritten. Draft
 nodes sit behind the committed part in packed order; committing a tree path moves its nodes forward.
 
+A forward may leave rows out (those that have ended). The rows that it feeds then stand first, the
+others behind them; nothing is dropped, so a cache can still be handed on whole.
+
 It is a `transformers.Cache`, so unmodified models write into it; the 4-D mask and the position ids
 that go with it come from `slot_mask`. Shape suffixes as in `mmspec.records`, and
     S  slots seen by a forward     H  key/value heads     D  head dimension
+    R  rows fed to a forward, in the order in which they stand
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,16 +26,37 @@ class _Cursor:
     """Where the coming forward writes; shared by all layers of a cache."""
 
     def __init__(self, num_rows: int, capacity: int) -> None:
-        self.num_rows = num_rows
         self.capacity = capacity
+        self.is_pinned = False
         self.flat_slots: Tensor | None = None
         self.extent = 0
         self.past = 0
+        self.hold_rows(num_rows)
 
-    def flat(self, slots_BN: Tensor) -> Tensor:
-        """Index of every slot where the rows stand one behind the other, ``[B * N]``."""
-        first_B = torch.arange(slots_BN.shape[0], device=slots_BN.device) * self.capacity
-        return (slots_BN.clamp(max=self.capacity - 1) + first_B[:, None]).flatten()
+    def hold_rows(self, num_rows: int) -> None:
+        """All rows are fed, each in its own place."""
+        self.num_rows = self.num_fed = num_rows
+        #: Row that stands in each place; the first ``num_fed`` places are fed.
+        self.order = tuple(range(num_rows))
+
+    def feed(self, rows: Sequence[int] | None) -> None:
+        """Lets these rows stand first; each one that steps aside changes places with one fed."""
+        if rows is None or self.is_pinned or len(rows) == self.num_rows:
+            self.hold_rows(self.num_rows)
+            return
+        self.num_fed = len(rows)
+        order, wanted = list(self.order), set(rows)
+        front, back = range(self.num_fed), range(self.num_fed, self.num_rows)
+        ended = [place for place in front if order[place] not in wanted]
+        fed = [place for place in back if order[place] in wanted]
+        for one, other in zip(ended, fed, strict=True):
+            order[one], order[other] = order[other], order[one]
+        self.order = tuple(order)
+
+    def flat(self, slots_RN: Tensor) -> Tensor:
+        """Index of every slot where the rows stand one behind the other, ``[R * N]``."""
+        first_R = torch.arange(slots_RN.shape[0], device=slots_RN.device) * self.capacity
+        return (slots_RN.clamp(max=self.capacity - 1) + first_R[:, None]).flatten()
 
 
 class SlotLayer(CacheLayerMixin):
@@ -54,10 +79,12 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         self.cursor = cursor
         self.buffers: list[Tensor] = []
+        self._order = cursor.order
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the buffers on the keys' device."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self._order = self.cursor.order
         shape = (self.cursor.num_rows, self.cursor.capacity)
         self.hold(
             states.new_zeros((*shape, states.shape[1], states.shape[3]))
@@ -73,19 +100,38 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Writes ``[B, H, N, D]`` where the cursor says; returns the first ``extent`` slots."""
+        """Writes ``[R, H, N, D]`` where the cursor says; returns the first ``extent`` slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.settle()
         past, extent, flat = self.cursor.past, self.cursor.extent, self.cursor.flat_slots
+        num_fed = self.cursor.num_fed
         seen = []
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             new = states.transpose(1, 2)
             if flat is None:
-                buffer[:, past : past + new.shape[1]] = new
+                buffer[:num_fed, past : past + new.shape[1]] = new
             else:
                 buffer.flatten(0, 1).index_copy_(0, flat.to(new.device), new.flatten(0, 1))
-            seen.append(buffer[:, :extent].transpose(1, 2))
+            seen.append(buffer[:num_fed, :extent].transpose(1, 2))
         return seen[0], seen[1]
+
+    def settle(self) -> None:
+        """Moves the rows to where the cursor says that they stand.
+
+        Each layer for itself when it is next used: layers that share a cursor with an early-exit
+        drafter are not all used by every forward.
+        """
+        if self._order == self.cursor.order:
+            return
+        place = {row: place for place, row in enumerate(self._order)}
+        source = [place[row] for row in self.cursor.order]
+        moved = [place for place, old in enumerate(source) if old != place]
+        to = torch.tensor(moved, device=self.device)
+        from_ = torch.tensor([source[place] for place in moved], device=self.device)
+        for buffer in self.buffers:
+            buffer.index_copy_(0, to, buffer.index_select(0, from_))
+        self._order = self.cursor.order
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Slots seen by the coming forward, and their offset."""
@@ -98,6 +144,12 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Capacity in tokens."""
         return self.cursor.capacity
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Keeps only some rows, in the given order."""
+        self._order = self.cursor.order
+        if self.is_initialized:
+            self.hold(buffer.index_select(0, rows.to(buffer.device)) for buffer in self.buffers)
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copies slots to slots; both are flat, as `_Cursor.flat` gives them."""
@@ -138,12 +190,40 @@ class SlotCache(Cache):
         self.cursor.extent = extent
         self.cursor.past = past
 
+    def feed(self, rows: Sequence[int] | None) -> tuple[int, ...]:
+        """Says which rows the coming forwards feed; None is all of them, each in its own place.
+
+        Nobody loses a key: a row that is left out steps behind those that are fed, and a row that
+        was moved is moved back when all are fed again. That copies two rows per row that leaves,
+        and every forward that feeds a row reads it once, so it pays after two forwards.
+
+        Returns:
+            The rows in the order in which the forward must feed them.
+        """
+        self.cursor.feed(rows)
+        return self.fed
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """The rows that are fed, in the order in which they stand."""
+        return self.cursor.order[: self.cursor.num_fed]
+
+    def pin(self) -> None:
+        """Feeds all rows from now on, so that shapes stay few (for compiled forwards)."""
+        self.cursor.is_pinned = True
+        self.cursor.feed(None)
+
     def commit_path(self, path_BM: Int[Tensor, "B M"], cached_B: Int[Tensor, "B"]) -> None:
         """Moves the nodes of a tree path to the slots right behind the committed part.
+
+        Rows that the last forward did not feed have no nodes; what is said of them is ignored.
 
         Example:
             5 tokens cached and the path ``[0, 1, 3]``: the keys in slots 5, 6, 8 go to 5, 6, 7.
         """
+        if self.fed != tuple(range(len(cached_B))):
+            fed_R = torch.tensor(self.fed, device=cached_B.device)
+            path_BM, cached_B = path_BM[fed_R], cached_B[fed_R]
         offset = torch.arange(path_BM.shape[1], device=path_BM.device)
         source = self.cursor.flat(cached_B[:, None] + path_BM)
         target = self.cursor.flat(cached_B[:, None] + offset)
@@ -160,13 +240,22 @@ class SlotCache(Cache):
         return shared
 
     def _filled(self) -> list[SlotLayer]:
-        return [layer for layer in self.layers if layer.is_initialized]
+        filled = [layer for layer in self.layers if layer.is_initialized]
+        for layer in filled:
+            layer.settle()
+        return filled
+
+    def restore(self) -> None:
+        """Every row stands in its own place again: row b of a buffer is row b of the batch."""
+        self.cursor.feed(None)
+        self._filled()
 
     def select_rows(self, rows: Int[Tensor, "R"]) -> None:
         """Keeps only some rows, in the given order."""
-        self.cursor.num_rows = rows.shape[0]
-        for layer in self._filled():
-            layer.hold(buffer.index_select(0, rows.to(buffer.device)) for buffer in layer.buffers)
+        self.restore()
+        self.cursor.hold_rows(rows.shape[0])
+        for layer in self.layers:
+            layer.take_rows(rows)
 
     def reserve(self, capacity: int) -> None:
         """Grows to at least this many tokens per row; never shrinks."""

@@ -1,7 +1,8 @@
 """One forward of an unmodified transformers decoder over a ragged slot cache.
 
 Target adapters and model drafters share it. It knows slots, masks and positions; it does not know
-what the tokens mean. Shape suffixes as in `mmspec.records`.
+what the tokens mean. Shape suffixes as in `mmspec.records`, and
+    R  rows fed to a forward, in the order of the cache
 """
 
 import inspect
@@ -100,6 +101,8 @@ class SlotForward:
         self.model = model
         self.cache = cache if cache is not None else SlotCache(num_rows, capacity)
         self._place = place
+        if compile:
+            self.cache.pin()
         self._is_compiled = compile
         self._call: Callable[..., object] = compiled_forward(model) if compile else model
         self._layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
@@ -112,7 +115,11 @@ class SlotForward:
         self._max_position = getattr(config, "max_position_embeddings", None)
 
     def extend(
-        self, inputs: Mapping[str, Tensor], num_cached: Sequence[int], counts: Sequence[int]
+        self,
+        inputs: Mapping[str, Tensor],
+        num_cached: Sequence[int],
+        counts: Sequence[int],
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
         """Feeds a right-padded chunk of tokens behind what each row has cached.
 
@@ -121,17 +128,18 @@ class SlotForward:
                 largest count; entries past a row's count are padding.
             num_cached: Tokens each row has cached.
             counts: Tokens of the chunk that count, at least one per row.
+            rows: As in `run`.
 
         Returns:
             What the model says behind each row's last token: logits ``[B, 1, V]``, or the hidden
-            state ``[B, 1, hidden]`` of a model without a head. Other logits are not computed if
-            the model lets one choose.
+            state ``[B, 1, hidden]`` of a model without a head; zeros in rows that are not fed.
+            Other logits are not computed if the model lets one choose.
         """
         chunk = next(iter(inputs.values()))
         num_rows, num_nodes = chunk.shape[:2]
         node = torch.arange(num_nodes, device=chunk.device)
         cached_B = torch.tensor(list(num_cached), device=chunk.device)
-        last_B = torch.tensor(list(counts)) - 1
+        last_R = torch.tensor([counts[row] for row in self.cache.feed(rows)]) - 1
         output = self.run(
             inputs,
             cached_B=cached_B,
@@ -140,19 +148,20 @@ class SlotForward:
             ancestors_BNN=(node[:, None] >= node).expand(num_rows, -1, -1),
             positions_BN=cached_B[:, None] + node,
             is_chain=True,
-            keep=self._kept(last_B, chunk.device) if num_nodes > 1 else None,
+            keep=self._kept(last_R, chunk.device) if num_nodes > 1 else None,
             allow_compiled=False,
+            rows=rows,
         )
         states = output.logits if hasattr(output, "logits") else output.last_hidden_state
-        return _at_last(states, last_B).to(chunk.device)
+        return self.spread(_at_last(states, last_R).to(chunk.device))
 
-    def _kept(self, last_B: Tensor, device: torch.device) -> Tensor | int:
+    def _kept(self, last_R: Tensor, device: torch.device) -> Tensor | int:
         """Which logits to ask for: each row's own last, or where that cannot be said, all lasts."""
-        kept = last_B.unique()
+        kept = last_R.unique()
         if len(kept) == 1:
             return 1
         # A choice per row must lie where the last layer is; one for all rows may be on the host.
-        return kept if self._is_dispatched else last_B[:, None].to(device)
+        return kept if self._is_dispatched else last_R[:, None].to(device)
 
     def run(
         self,
@@ -166,8 +175,12 @@ class SlotForward:
         is_chain: bool,
         keep: Tensor | int | None = None,
         allow_compiled: bool = True,
+        rows: Sequence[int] | None = None,
     ) -> Any:
         """One forward over drafted nodes.
+
+        Rows that have ended need not be fed: name the others in ``rows`` and pass the answer
+        through `spread`. All other arguments are those of the whole batch in any case.
 
         Args:
             inputs: ``input_ids`` ``[B, N]`` or ``inputs_embeds`` ``[B, N, hidden]``.
@@ -179,10 +192,22 @@ class SlotForward:
             is_chain: Every row is a chain.
             keep: The model's ``logits_to_keep``, if it has it; None is all.
             allow_compiled: Use the compiled forward if there is one.
+            rows: The rows to feed; None is all. A compiled forward feeds all rows whatever is
+                named, because its shapes must stay few.
 
         Returns:
-            The model's output.
+            The model's output, for the rows fed, in the order of the cache.
         """
+        if self._place is not None:
+            positions_BN = self._place(positions_BN)
+        fed = self.cache.feed(rows)
+        host_cached = [host_cached[row] for row in fed]
+        if fed != tuple(range(len(cached_B))):
+            fed_R = torch.tensor(fed, device=cached_B.device)
+            inputs = {name: tensor[fed_R] for name, tensor in inputs.items()}
+            cached_B, depth_BN = cached_B[fed_R], depth_BN[fed_R]
+            ancestors_BNN = ancestors_BNN[fed_R]
+            positions_BN = positions_BN.index_select(-2, fed_R)
         compiled = self._is_compiled and allow_compiled
         num_nodes = depth_BN.shape[1]
         longest, capacity = max(host_cached), self.cache.cursor.capacity
@@ -200,8 +225,6 @@ class SlotForward:
             and (self._window is None or extent < self._window)
         )
         mask = None if is_plain else self._mask(cached_B, ancestors_BNN, depth_BN, extent)
-        if self._place is not None:
-            positions_BN = self._place(positions_BN)
         # Padding may stand behind the last position that the model knows.
         if self._max_position is not None and longest + num_nodes > self._max_position:
             positions_BN = positions_BN.clamp(max=self._max_position - 1)
@@ -216,6 +239,14 @@ class SlotForward:
             past_key_values=self.cache,
             use_cache=True,
         )
+
+    def spread(self, answer_RN: Tensor) -> Tensor:
+        """What the last forward said, ``[R, N, ...]``, as ``[B, N, ...]``; zeros where not fed."""
+        fed, num_rows = self.cache.fed, self.cache.cursor.num_rows
+        if fed == tuple(range(num_rows)):
+            return answer_RN
+        spread = answer_RN.new_zeros((num_rows, *answer_RN.shape[1:]))
+        return spread.index_copy_(0, torch.tensor(fed, device=spread.device), answer_RN)
 
     def _mask(
         self, cached_B: Tensor, ancestors_BNN: Tensor, depth_BN: Tensor, extent: int
@@ -235,14 +266,14 @@ class SlotForward:
         return {kind: build(windows[kind]) for kind in self._layer_types}
 
 
-def _at_last(states: Tensor, last_B: Tensor) -> Tensor:
-    """Each row's last node, ``[B, 1, ...]``, from answers for all nodes or for those asked for."""
+def _at_last(states: Tensor, last_R: Tensor) -> Tensor:
+    """Each row's last node, ``[R, 1, ...]``, from answers for all nodes or for those asked for."""
     if states.shape[1] == 1:
         return states
-    kept = last_B.unique()
+    kept = last_R.unique()
     if states.shape[1] == len(kept):
-        last_B = torch.searchsorted(kept, last_B)
-    index = last_B.to(states.device)[:, None, None]
+        last_R = torch.searchsorted(kept, last_R)
+    index = last_R.to(states.device)[:, None, None]
     return states.gather(1, index.expand(-1, -1, states.shape[2]))
 
 

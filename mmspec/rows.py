@@ -102,6 +102,12 @@ class TokenRows:
         return all(self.host_done)
 
     @property
+    def active(self) -> list[int]:
+        """The rows that go on; all of them once none does."""
+        going_on = [row for row, done in enumerate(self.host_done) if not done]
+        return going_on or list(range(self.num_rows))
+
+    @property
     def max_length(self) -> int:
         """Length of the longest row."""
         return max(map(len, self.host_tokens))

@@ -1,4 +1,4 @@
-"""How many units to draft now.
+"""How many units to draft now; `mmspec.window_schedule` does it for Jacobi windows of images.
 
 Schedules look at finished steps only. A schedule that peeked at the coming draft would bias the
 rules that keep a law (docs/schedule.md).
@@ -40,14 +40,14 @@ class FixedSchedule:
         """Returns the plan of the next step; the first is plain, for the prefill answers it."""
         if not self._has_begun:
             return Plan(width=1)
-        return Plan(width=_clamped(self._width, self._remaining()))
+        return Plan(width=clamped(self._width, self._remaining()))
 
     def observe(self, record: StepRecord) -> None:
         """Learns nothing but that there was a step."""
         self._has_begun = True
 
 
-def _clamped(width: int, remaining: int) -> int:
+def clamped(width: int, remaining: int) -> int:
     """A width that reaches no further than the rows do, still one of few shapes.
 
     The last unit of the longest row is drafted too rather than left to the bonus, so that what is
@@ -150,7 +150,7 @@ class AdaptiveSchedule:
         self._steps += 1
         self._asked = 1
         if self._widths and not self._is_plain_due():
-            self._asked = _clamped(self._chosen_width(), self._remaining())
+            self._asked = clamped(self._chosen_width(), self._remaining())
         return Plan(width=self._asked, prices=self._prices())
 
     def observe(self, record: StepRecord) -> None:

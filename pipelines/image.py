@@ -37,7 +37,9 @@ from mmspec.records import Generation, Stats
 from mmspec.rows import TokenRows
 from mmspec.sampling import Law, build_law
 from mmspec.schedule import FixedSchedule
+from mmspec.tree import BUCKETS
 from mmspec.verify import build_rule
+from mmspec.window_schedule import WindowSchedule, window_schedule
 
 #: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
 DECODERS = {"sequential": "exact", "exact": "exact", "coupled": "coupled", "sjd": "sjd"}
@@ -156,7 +158,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
                 single call with that generator gives.
             decoder: "exact" (same tokens as "sequential" with the same seed), "coupled" or "sjd"
                 (same law, other tokens), "sequential" (plain decoding).
-            window: Tokens per image and forward; None chooses by the grid and the batch.
+            window: Tokens per image and forward. None chooses it while running, by what widths
+                bring and cost ("exact" only, for it moves no token); by the grid and the batch
+                for the other decoders and with ``compile``.
             temperature: 0 is greedy.
             top_k: Keep the k most likely codes. transformers' own Janus keeps 50 unless told
                 otherwise; here nothing is cut unless asked.
@@ -262,7 +266,8 @@ def image_engine(
         prompts: Token ids of each prompt.
         rule: A name of `mmspec.verify.RULES`.
         law: The law that tokens are drawn from.
-        window: Tokens per image and forward; 1 is plain decoding, None chooses.
+        window: Tokens per image and forward; 1 is plain decoding, None chooses: while running
+            for the exact rule, by the grid and the batch for others and for compiled forwards.
         guidance_scale: As in `TokenImageTarget`.
         keys_B: Noise keys, one per image.
         device: Where the model takes its input.
@@ -278,8 +283,15 @@ def image_engine(
         keys_B=keys_B,
         device=device,
     )
-    if window is None:
+    # Other rules would follow the clock with their tokens, and a compiled forward compile anew.
+    if window is None and (rule != "exact" or compile):
         window = default_window(layout.num_tokens, len(prompts))
+    schedule: WindowSchedule | FixedSchedule
+    if window is None:
+        kind = (guidance_scale, law.is_greedy, family.backbone.dtype, str(device))
+        schedule = window_schedule(family.backbone, kind, rows)
+    else:
+        schedule = FixedSchedule(window, lambda: rows.max_remaining)
     target = TokenImageTarget(
         family,
         rows,
@@ -293,10 +305,9 @@ def image_engine(
         target=target,
         rows=rows,
         law=law,
-        max_width=window,
+        max_width=BUCKETS[-1] if window is None else window,
         shared_noise=rule == "exact",
     )
-    schedule = FixedSchedule(window, lambda: rows.max_remaining)
     return Engine(target, drafter, build_rule(rule, law, rows), schedule), rows
 
 

@@ -1,6 +1,7 @@
 """A generation without a model: scripted acceptance and scripted seconds drive a schedule."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmspec.drafters.ngram import DEFAULT_NODE_PRICE
@@ -101,3 +102,93 @@ def generate(schedule, world: World, num_units: int, seed: int = 0, remaining=No
         tally.seconds += record.wall_time_s
         tally.steps += 1
     return tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Jacobi windows over images of which every unit settles at its own time.
+
+    The guess of a unit is right after the first forward that had it in its window and had been
+    given all of a beginning of its own length. The lengths are drawn as they were found with the
+    bundled avatars: a few units wait for their very neighbours, the others settle far ahead.
+
+    Attributes:
+        hard: Share of the units that wait for their neighbours.
+        ahead: How far ahead the other units settle at most.
+        fresh: Chance that a guess is right before any forward.
+        chained: Chance that a unit needs the guess before it to be right as well.
+        seconds: Of a step, by rows fed and width.
+        noise: Relative spread of every time; one step in a hundred takes three times as long.
+    """
+
+    hard: float
+    ahead: int
+    seconds: Callable[[int, int], float]
+    fresh: float = 0.17
+    chained: float = 0.1
+    noise: float = 0.05
+    size: int = 256
+
+    def generate(self, make_schedule, num_images: int, seed: int = 0) -> Tally:
+        """One batch; ``make_schedule`` gets functions for the units left and the rows going on."""
+        rows = [_Picture(self, random.Random(100 * seed + row)) for row in range(num_images)]
+        schedule = make_schedule(
+            lambda: max(row.left for row in rows), lambda: sum(row.left > 0 for row in rows)
+        )
+        rng, tally = random.Random(seed), Tally()
+        while any(row.left for row in rows):
+            width = schedule.plan().width
+            active = tuple(row.left > 0 for row in rows)
+            accepted = tuple(row.step(width) for row in rows)
+            spread = 1 + self.noise * rng.random() + (rng.random() < 0.01) * 2
+            seconds = self.seconds(sum(active), width) * spread if tally.steps else 0.0
+            drafts = tuple((width - 1) * on for on in active)
+            record = StepRecord(
+                index=tally.steps,
+                width=width,
+                num_drafted=drafts,
+                num_levels=drafts,
+                num_accepted=accepted,
+                num_emitted=tuple(a + on for a, on in zip(accepted, active, strict=True)),
+                was_active=active,
+                draft_time_s=0.0,
+                verify_time_s=seconds,
+                other_time_s=0.0,
+            )
+            schedule.observe(record)
+            tally.units += sum(record.num_emitted)
+            tally.seconds += seconds
+            tally.steps += 1
+        return tally
+
+
+class _Picture:
+    """One image: which of its guesses are right."""
+
+    def __init__(self, world: Pictures, rng: random.Random) -> None:
+        self.size, self.length = world.size, 0
+        self.right = [rng.random() < world.fresh for _ in range(world.size)]
+        self.needs_last = [rng.random() < world.chained for _ in range(world.size)]
+        lags = [
+            rng.randrange(4) if rng.random() < world.hard else rng.randint(5, world.ahead)
+            for _ in range(world.size)
+        ]
+        self.settles = [max(unit - lag, 0) for unit, lag in enumerate(lags)]
+
+    @property
+    def left(self) -> int:
+        return self.size - self.length
+
+    def step(self, width: int) -> int:
+        """Accepts what is right, looks at the whole window again; returns the accepted drafts."""
+        start, end = self.length, min(self.length + width, self.size)
+        accepted = 0
+        while accepted < min(width, self.left) - 1 and self.right[start + accepted]:
+            accepted += 1
+        before = self.right[:]
+        for unit in range(start, end):
+            is_ready = self.settles[unit] <= start + accepted
+            is_held_up = unit > start + accepted and self.needs_last[unit] and not before[unit - 1]
+            self.right[unit] = is_ready and not is_held_up
+        self.length += min(accepted + 1, self.left)
+        return accepted

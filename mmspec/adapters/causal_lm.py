@@ -75,7 +75,7 @@ class CausalTarget:
         self._first_logits = prefill_rows(self.forward, self.rows, self._num_cached)
 
     def score(self, proposal: Proposal) -> Scores:
-        """One forward over the drafts; none for a first step without drafts."""
+        """One forward over the drafts of the rows that go on; none for a plain first step."""
         rows = self.rows
         positions_BN = rows.positions(proposal.depth_BN)
         first, self._first_logits = self._first_logits, None
@@ -90,8 +90,9 @@ class CausalTarget:
             ancestors_BNN=proposal.ancestors_BNN,
             positions_BN=positions_BN,
             is_chain=proposal.is_chain,
+            rows=rows.active,
         )
-        logits = output.logits
+        logits = self.forward.spread(output.logits)
         elapsed = time.perf_counter() - started
         return Scores(
             logits_BNV=as_law_dtype(logits).to(rows.lengths_B.device),

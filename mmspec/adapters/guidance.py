@@ -143,6 +143,7 @@ class Guidance:
             "ancestors_BNN": self.twice(proposal.ancestors_BNN),
             "positions_BN": self.shifted(positions_BN),
             "is_chain": proposal.is_chain,
+            "rows": rows.active + [rows.num_rows + row for row in rows.active] * self.is_on,
         }
 
     def mixed(self, logits: Tensor) -> Tensor:

@@ -68,10 +68,11 @@ class GuidedTarget:
         if first is not None and proposal.width == 1:
             return Scores(logits_BNV=first, positions_BN=positions_BN, forward_time_s=0.0)
         started = time.perf_counter()
-        logits = self.forward.run(
+        output = self.forward.run(
             {"input_ids": self._guidance.nodes(proposal.tokens_BN)},
             **self._guidance.run_arguments(proposal, positions_BN),
-        ).logits
+        )
+        logits = self.forward.spread(output.logits)
         elapsed = time.perf_counter() - started
         return Scores(
             logits_BNV=self._guided(logits), positions_BN=positions_BN, forward_time_s=elapsed

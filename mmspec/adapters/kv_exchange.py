@@ -81,6 +81,7 @@ def export_cache(cache: SlotCache, past: DynamicCache, is_token_BC: Tensor) -> N
             of the next turn has to leave them out.
         is_token_BC: Which columns are tokens, bool; every column is written.
     """
+    cache.restore()
     slots_BC = (is_token_BC.cumsum(1) - 1).clamp(min=0)
     for index, layer in enumerate(cache.layers):
         if not layer.is_initialized:

@@ -278,7 +278,7 @@ class TokenImageTarget:
         self._first_logits = self._guided(self._family.head(hidden))
 
     def score(self, proposal: Proposal) -> Scores:
-        """One forward over the drafts, guided; none for a first step without drafts."""
+        """One forward over the drafts of the images that go on; none for a plain first step."""
         positions_BN = self.rows.positions(proposal.depth_BN)
         first, self._first_logits = self._first_logits, None
         if first is not None and proposal.width == 1:
@@ -288,7 +288,7 @@ class TokenImageTarget:
         output = self.forward.run(
             {"inputs_embeds": embeds}, **self._guidance.run_arguments(proposal, positions_BN)
         )
-        logits = self._family.head(output.last_hidden_state)
+        logits = self.forward.spread(self._family.head(output.last_hidden_state))
         elapsed = time.perf_counter() - started
         logits = self._guided(logits)
         return Scores(logits_BNV=logits, positions_BN=positions_BN, forward_time_s=elapsed)

@@ -44,8 +44,9 @@ from mmspec.drafters.jacobi import default_window
 from mmspec.pipelines.image import ImageOutput, SpeculativeImagePipeline
 
 GENERATE = {"generate": {}, "generate_dynamic": {"cache_implementation": "dynamic"}}
+Systems = dict[str, tuple[str, int | None]]
 #: The same as systems: name -> what runs it and its window.
-GENERATED = {name: (name, 1) for name in GENERATE}
+GENERATED: Systems = {name: (name, 1) for name in GENERATE}
 DECODERS = ("sequential", "exact", "coupled", "sjd")
 #: Rows of one call when quality is measured; only speed depends on it.
 QUALITY_BATCH = 16
@@ -82,7 +83,9 @@ class Config:
 def run(
     model: Annotated[str, typer.Option(help="avatars or tiny-image")] = "avatars",
     decoders: Annotated[str, typer.Option(help="Of ours.")] = ",".join(DECODERS),
-    window: Annotated[str, typer.Option(help="Tokens per forward.")] = "8,16,32,64,128",
+    window: Annotated[
+        str, typer.Option(help="Tokens per forward; auto is the pipeline's own choice.")
+    ] = "8,16,32,64,128",
     guidance: Annotated[str, typer.Option(help="Scales; 1 is none.")] = "1,3,5",
     batch: Annotated[str, typer.Option(help="Images per call.")] = "1,8",
     dtype: Annotated[str, typer.Option(help="Of float32, bfloat16, ...")] = "float32",
@@ -130,7 +133,9 @@ def run(
     sections = [("Ceiling: what a forward costs", card_table(card))] if card else []
     for title, text in sections:
         output.show(title, text)
-    systems = GENERATED | _systems(ours, [int(width) for width in csv(window)])
+    systems = GENERATED | _systems(
+        ours, [None if width == "auto" else int(width) for width in csv(window)]
+    )
     width = _default_window(next(iter(pipes.values())), min(QUALITY_BATCH, max(quality, 1)))
     defaults = _systems(ours, [width])
     defaults = (GENERATED if quality_generate else {}) | defaults
@@ -162,18 +167,20 @@ def _default_window(pipe: SpeculativeImagePipeline, batch: int) -> int:
     return default_window(image_family(pipe.model).layout(None, None).num_tokens, batch)
 
 
-def _systems(decoders: Sequence[str], windows: Sequence[int]) -> dict[str, tuple[str, int]]:
-    """Name -> decoder and window; plain decoding has no window."""
-    systems: dict[str, tuple[str, int]] = {}
+def _systems(decoders: Sequence[str], windows: Sequence[int | None]) -> Systems:
+    """Name -> decoder and window (None is the pipeline's choice); plain decoding has no window."""
+    systems: Systems = {}
     for decoder in decoders:
         if decoder == "sequential":
             systems[decoder] = (decoder, 1)
         else:
-            systems |= {f"{decoder}_w{width}": (decoder, width) for width in windows}
+            for width in windows:
+                name = f"{decoder}_{'auto' if width is None else f'w{width}'}"
+                systems[name] = (decoder, width)
     return systems
 
 
-def _tasks(config: Config, limit: int, systems: Mapping[str, tuple[str, int]]) -> list[Task]:
+def _tasks(config: Config, limit: int, systems: Systems) -> list[Task]:
     entries = load_captions(limit, is_fresh=config.is_scored)
     size = config.batch
     # A call that is smaller than the others would blur the times, not the quality.
@@ -195,11 +202,11 @@ def _task(
     config: Config,
     first: int,
     entries: Sequence[Mapping[str, Any]],
-    systems: Mapping[str, tuple[str, int]],
+    systems: Systems,
 ) -> Task:
     captions = [entry["caption"] for entry in entries]
 
-    def system(decoder: str, width: int) -> System:
+    def system(decoder: str, width: int | None) -> System:
         return lambda repeat: _measure(config, decoder, width, captions, repeat)
 
     def finish(samples: Mapping[str, Sample]) -> None:
@@ -234,7 +241,7 @@ def _warm_up(config: Config, captions: Sequence[str], systems: Container[str]) -
 
 
 def _measure(
-    config: Config, decoder: str, width: int, captions: Sequence[str], repeat: int
+    config: Config, decoder: str, width: int | None, captions: Sequence[str], repeat: int
 ) -> Sample:
     backbone, seed = config.pipe.model.model.language_model, config.seed + repeat
     if decoder in GENERATE and not config.guidance > 1:
@@ -262,7 +269,7 @@ def _measure(
 
 
 def _ours(
-    config: Config, decoder: str, width: int, captions: Sequence[str], seed: int
+    config: Config, decoder: str, width: int | None, captions: Sequence[str], seed: int
 ) -> ImageOutput:
     return config.pipe(
         list(captions),

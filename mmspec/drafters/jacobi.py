@@ -110,7 +110,8 @@ class JacobiDrafter:
         # Whole laws by index: a scatter would go number by number.
         self._laws_BRV[self._row_B1, slot] = laws
         self._guesses_BR[self._row_B1, slot] = verdict.choices_BN  # type: ignore[index]
-        self._known_B = scores.positions_BN.amax(1) + 2
+        # Guesses behind a narrow step stay: they are older, but better than a neighbour's.
+        self._known_B = torch.maximum(self._known_B, scores.positions_BN.amax(1) + 2)
 
     def _guesses_at(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Guess and law for each position: stored where known, a neighbour's where new."""
@@ -141,7 +142,7 @@ class JacobiDrafter:
 
 
 def default_window(num_tokens: int, num_rows: int = 1) -> int:
-    """A window where the user names none.
+    """A window where the user names none and it must not be chosen by the clock.
 
     Two grid rows for one image and less for a batch, because the rows of a batch fill the forward
     and a wide window then costs more than it brings (8 was best for 8 images on two cores).

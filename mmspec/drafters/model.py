@@ -124,10 +124,13 @@ class ModelDrafter:
         wanted = [slot + 1 + depth for slot in self._root_slot]
         counts = [n - cached for n, cached in zip(wanted, self._num_cached, strict=True)]
         cached_B = torch.tensor(self._num_cached, device=scratch_BT.device)
-        ahead = torch.arange(max(counts), device=scratch_BT.device)
+        num_fed = max(counts[row] for row in rows.active)
+        ahead = torch.arange(num_fed, device=scratch_BT.device)
         index = (cached_B[:, None] + ahead).clamp(max=rows.capacity - 1)
         ids = self._embeddable(scratch_BT.gather(1, index))
-        logits = as_law_dtype(self.forward.extend({"input_ids": ids}, self._num_cached, counts))
+        logits = as_law_dtype(
+            self.forward.extend({"input_ids": ids}, self._num_cached, counts, rows.active)
+        )
         positions = rows.lengths_B[:, None] - 1 + depth
         self._num_cached = wanted
         zero = torch.zeros_like(positions)

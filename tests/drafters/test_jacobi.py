@@ -62,12 +62,14 @@ def test_new_positions_are_drawn_from_the_last_law_or_from_the_row_above():
         assert drafter.propose(Plan(width=6)).tokens_BN[0, 1:].tolist() == wanted
 
 
-def test_a_narrow_step_forgets_what_lies_behind_it():
+def test_guesses_behind_a_narrow_step_are_kept():
     rows = toy_rows(1, 12, seed=0)
     drafter = make(rows)
-    teach(drafter, rows, 2, [3, 1, 4])
+    laws = teach(drafter, rows, 2, [3, 1, 4])
     teach(drafter, rows, 2, [2])
-    assert drafter.propose(Plan(width=4)).tokens_BN[0, 1:].tolist() == [2, 2, 2]
+    proposal = drafter.propose(Plan(width=5))
+    assert proposal.tokens_BN[0, 1:].tolist() == [2, 1, 4, 4]
+    torch.testing.assert_close(proposal.draft_probs_BNV[:, 1:3], laws[:, 1:].softmax(-1))
 
 
 def test_a_plan_wider_than_the_window_is_clamped():

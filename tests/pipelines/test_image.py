@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from mmspec.pipelines import SpeculativeImagePipeline
+from mmspec.window_schedule import _MEMORIES
 
 BOS, PAD, BOI = 1, 0, 2
 WORDS = ["a", "pixel", "avatar", "with", "red", "blue", "hair", "and", "glasses"]
@@ -93,6 +94,50 @@ def test_exact_is_sequential_for_every_window(pipe, guidance, temperature, windo
     options = {"guidance_scale": guidance, "temperature": temperature, "top_k": 12}
     plain = tokens(pipe, decoder="sequential", **options)
     assert torch.equal(tokens(pipe, decoder="exact", window=window, **options), plain)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_chosen_window_moves_no_token(pipe, model, guidance):
+    options = {"guidance_scale": guidance, "top_k": 12}
+    plain = tokens(pipe, decoder="sequential", **options)
+    for _ in range(3):  # the later calls begin with what the earlier ones found
+        assert torch.equal(tokens(pipe, **options), plain)
+    memories = _MEMORIES[model]
+    kind = next(kind for kind in memories if kind[0] == guidance)
+    assert any(width > 1 for _, width in memories[kind].costs)
+
+
+@pytest.mark.parametrize("decoder", ["coupled", "sjd"])
+def test_rules_that_keep_the_law_get_a_fixed_window(pipe, decoder):
+    widths = []
+
+    def note(pipeline, step, details):
+        widths.append(details["record"].width)
+
+    pipe(PROMPTS, decoder=decoder, generator=seeds(0, 1, 2), callback_on_step_end=note)
+    assert widths[0] == 1
+    assert widths[1] == 8
+    assert widths == [1, *sorted(widths[1:], reverse=True)]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("decoder", ["exact", "coupled"])
+def test_images_that_are_complete_are_not_fed(pipe, model, guidance, decoder):
+    fed, active = [], []
+    layer = model.model.language_model.layers[-1].mlp
+    hook = layer.register_forward_hook(lambda _, args, out: fed.append(len(out)))
+
+    def note(pipeline, step, details):
+        active.append(sum(details["record"].was_active))
+
+    options = {"guidance_scale": guidance, "decoder": decoder, "window": 8, "top_k": 3}
+    batch = tokens(pipe, callback_on_step_end=note, **options)
+    hook.remove()
+    copies = 1 if guidance == 1 else 2
+    assert fed == [copies * 3] + [copies * rows for rows in active[1:]]
+    assert active[-1] < 3
+    for row, prompt in enumerate(PROMPTS):
+        assert torch.equal(batch[row], tokens(pipe, prompt, generator=seeds(row), **options)[0])
 
 
 @pytest.mark.parametrize("decoder", ["sequential", "exact", "coupled", "sjd"])

@@ -1,0 +1,249 @@
+"""How wide a Jacobi window should be: chosen while running, from what widths brought and cost.
+
+`AdaptiveSchedule` asks how deep a draft survives. That question has no answer for a window: a guess
+is right only after it has been in the window for some forwards, so what a wide window accepts says
+nothing about the first positions of a narrow one, and the other way round. Here a curve with one
+unknown says what a window of any width brings once it has settled (docs/schedule.md).
+"""
+
+import math
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from mmspec.records import Plan, StepRecord
+from mmspec.rows import TokenRows
+from mmspec.schedule import clamped
+from mmspec.tree import BUCKETS
+
+
+def settled_units(width: int, endless: float) -> float:
+    """Units per step of a window that has settled.
+
+    Args:
+        width: Of the window; 1 brings one unit.
+        endless: Units per step of a window without end, which is how deep dependencies between
+            neighbours reach; 1 where no guess is ever right.
+    """
+    reach = width**WindowMemory.POWER
+    return endless * reach / (endless + reach - 1)
+
+
+class WindowMemory:
+    """What windows brought and cost; outlives a call.
+
+    Attributes:
+        costs: Seconds of the latest steps, by rows fed and width.
+        trials: Row-steps by width, old ones discounted.
+        units: Units of these row-steps.
+    """
+
+    #: Growth of the units with the width where nothing limits them.
+    POWER = 0.75
+    #: Steps of one width whose median is its cost, and how many of them a new call takes over.
+    KEPT = 9
+    CARRIED = 3
+    #: Units of an endless window before any evidence, and the row-steps that this guess counts.
+    PRIOR_ENDLESS = 6.0
+    PRIOR_TRIALS = 2.0
+    #: Row-steps of a width after which half of its deviation from the curve is believed.
+    TRUST_TRIALS = 200.0
+    #: Row-steps remembered at most.
+    SPAN = 1000.0
+    #: Units of an endless window that are considered.
+    ENDLESS = tuple(1.2**step for step in range(28))
+
+    def __init__(self) -> None:
+        """Knows nothing."""
+        self.costs: dict[tuple[int, int], deque[float]] = defaultdict(
+            lambda: deque(maxlen=self.KEPT)
+        )
+        self.trials: dict[int, float] = defaultdict(float)
+        self.units: dict[int, float] = defaultdict(float)
+
+    def begin_call(self) -> None:
+        """Old evidence counts less, so that an unlucky finding is tried again."""
+        for cell, samples in self.costs.items():
+            self.costs[cell] = deque(list(samples)[-self.CARRIED :], self.KEPT)
+        self._discount(0.7)
+
+    def count(self, width: int, num_rows: int, num_units: int) -> None:
+        """A step of a settled window."""
+        self._discount(max(1 - num_rows / self.SPAN, 0.0))
+        self.trials[width] += num_rows
+        self.units[width] += num_units
+
+    def _discount(self, keep: float) -> None:
+        for width in self.trials:
+            self.trials[width] *= keep
+            self.units[width] *= keep
+
+    def expected(self) -> Callable[[int], float]:
+        """Units per row and step of a settled window, as a function of its width."""
+        seen = [(w, n, math.log(self.units[w] / n)) for w, n in self.trials.items() if n > 0.5]
+        prior = math.log(self.PRIOR_ENDLESS)
+
+        def misfit(endless: float) -> float:
+            far = self.PRIOR_TRIALS * (math.log(endless) - prior) ** 2
+            return far + sum(n * (u - math.log(settled_units(w, endless))) ** 2 for w, n, u in seen)
+
+        endless = min(self.ENDLESS, key=misfit)
+        known = {w: (n / (n + self.TRUST_TRIALS), u) for w, n, u in seen}
+
+        def units(width: int) -> float:
+            curve = settled_units(width, endless)
+            trust, log_units = known.get(width, (0.0, 0.0))
+            return math.exp((1 - trust) * math.log(curve) + trust * log_units)
+
+        return units
+
+    def cost(self, num_rows: int, width: int) -> float | None:
+        """Seconds of a step: as measured, else from a line through what was measured.
+
+        The first step of a width may hold a compilation; of two the faster counts, and the line
+        may lower a single one.
+        """
+        samples = self.costs.get((num_rows, width), ())
+        if len(samples) > 1:
+            return statistics.median_low(samples)
+        guess = self._guessed(num_rows, width)
+        return min([*samples, *([] if guess is None else [guess])], default=None)
+
+    def _guessed(self, num_rows: int, width: int) -> float | None:
+        """A line over the nodes fed, moved so that it meets the nearest measured cell."""
+        cells = {
+            cell: statistics.median_low(samples)
+            for cell, samples in self.costs.items()
+            if cell != (num_rows, width) and samples
+        }
+        if not cells:
+            return None
+        base, slope = _line([(rows * width, seconds) for (rows, width), seconds in cells.items()])
+        nodes = num_rows * width
+
+        def distance(cell: tuple[int, int]) -> float:
+            other_rows, other_width = cell
+            return abs(math.log(other_width / width)) + 2 * abs(math.log(other_rows / num_rows))
+
+        nearest = min(cells, key=distance)
+        at_nearest = base + slope * nearest[0] * nearest[1]
+        return cells[nearest] * (base + slope * nodes) / at_nearest
+
+
+def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """Base and slope, neither below 0, with the least relative squares."""
+    # Weights 1 / seconds**2: ten percent matter as much in a narrow step as in a wide one.
+    one = sum(1 / s**2 for _, s in points)
+    x = sum(n / s**2 for n, s in points)
+    xx = sum(n * n / s**2 for n, s in points)
+    y = sum(1 / s for _, s in points)
+    xy = sum(n / s for n, s in points)
+    spread = one * xx - x * x
+    slope = (one * xy - x * y) / spread if spread > 1e-9 * one * xx else 0.0
+    if slope <= 0:
+        return y / one, 0.0
+    base = (y - slope * x) / one
+    return (base, slope) if base > 0 else (0.0, xy / xx)
+
+
+class WindowSchedule:
+    """Takes the width that brings most units per second, for the rows that are still going on."""
+
+    #: A width must be this much better than the present one to replace it.
+    MARGIN = 1.04
+    #: Widths of the first two steps where nothing is known of the costs.
+    PROBES = (1, 8)
+    #: Steps at the beginning, and after a change of width, that say nothing about what a settled
+    #: window brings.
+    BEGINNING = 10
+    SETTLING = 4
+
+    def __init__(
+        self,
+        max_width: int,
+        remaining: Callable[[], int],
+        num_active: Callable[[], int],
+        memory: WindowMemory | None = None,
+    ) -> None:
+        """Starts from a guess or from what earlier calls found.
+
+        Args:
+            max_width: Largest width.
+            remaining: Largest number of units that an active row may still get.
+            num_active: Rows that go on.
+            memory: Kept by the caller from call to call.
+
+        Raises:
+            ValueError: If ``max_width`` is out of range.
+        """
+        if not 1 <= max_width <= BUCKETS[-1]:
+            raise ValueError(f"width must be between 1 and {BUCKETS[-1]}, got {max_width}")
+        self.memory = memory or WindowMemory()
+        self.memory.begin_call()
+        self._widths = [b for b in BUCKETS if b < max_width] + [max_width]
+        self._remaining = remaining
+        self._num_active = num_active
+        self._has_begun = False
+        self._width = 0
+        self._steps = 0
+        self._last_change = 0
+
+    def plan(self) -> Plan:
+        """Returns the plan of the next step; the first is plain, for the prefill answers it."""
+        if not self._has_begun:
+            return Plan(width=1)
+        self._steps += 1
+        width = self._chosen_width(max(self._num_active(), 1))
+        if width != self._width:
+            self._width, self._last_change = width, self._steps
+        return Plan(width=clamped(width, self._remaining()))
+
+    def observe(self, record: StepRecord) -> None:
+        """Learns the cost and the acceptance of a finished step."""
+        if not self._has_begun:
+            self._has_begun = True
+            return
+        num_rows = sum(record.was_active)
+        self.memory.costs[num_rows, record.width].append(record.wall_time_s)
+        is_settled = self._steps > max(self.BEGINNING, self._last_change + self.SETTLING)
+        if is_settled and record.width == self._width:
+            self.memory.count(record.width, num_rows, sum(record.num_emitted))
+
+    def _chosen_width(self, num_rows: int) -> int:
+        seen = {width for _, width in self.memory.costs}
+        for probe in self.PROBES:
+            if not any(width == 1 if probe == 1 else width > 1 for width in seen):
+                return min(probe, self._widths[-1])
+        units = self.memory.expected()
+        rates = {}
+        for width in self._widths:
+            cost = self.memory.cost(num_rows, width)
+            rates[width] = units(width) / cost if cost else math.inf
+        best = max(rates, key=lambda width: rates[width])
+        stays = rates[best] <= self.MARGIN * rates.get(self._width, 0.0)
+        return self._width if stays else best
+
+
+#: What earlier calls found, by model and kind of call.
+_MEMORIES: WeakKeyDictionary[Any, dict[Hashable, WindowMemory]] = WeakKeyDictionary()
+
+
+def window_schedule(model: Any, kind: Hashable, rows: TokenRows) -> WindowSchedule:
+    """A schedule that goes on from what earlier calls of this kind found.
+
+    Args:
+        model: Whose memory it is; forgotten with the model.
+        kind: Whatever else moves acceptance or cost (guidance, law, dtype, device). Rows are told
+            apart by the memory itself.
+        rows: The rows.
+    """
+    memory = _MEMORIES.setdefault(model, {}).setdefault(kind, WindowMemory())
+    longest = max(rows.max_remaining, 1)
+    return WindowSchedule(
+        min(b for b in BUCKETS if b >= min(longest, BUCKETS[-1])),
+        lambda: rows.max_remaining,
+        lambda: len(rows.active),
+        memory,
+    )

@@ -1,0 +1,230 @@
+"""The chosen window against every fixed one, in worlds of scripted images and seconds."""
+
+import bisect
+import math
+import random
+
+import pytest
+from simulate import Pictures
+
+from mmspec.records import StepRecord
+from mmspec.schedule import FixedSchedule
+from mmspec.tree import BUCKETS
+from mmspec.window_schedule import WindowMemory, WindowSchedule, settled_units
+
+# Milliseconds of a forward of the avatars with guidance on two cores, for 1 and for 8 images, at
+# the widths of BUCKETS (benchmarks/results/).
+FLOAT32 = (
+    (5.37, 5.35, 5.68, 6.50, 7.71, 9.87, 14.9, 21.2),
+    (8.66, 9.47, 11.3, 16.3, 22.9, 39.8, 71.0, 169),
+)
+BFLOAT16 = (
+    (7.99, 7.95, 7.91, 8.28, 8.63, 9.59, 13.0, 16.0),
+    (23.2, 22.8, 23.8, 28.2, 32.1, 41.1, 51.1, 79.1),
+)
+
+
+def measured(table):
+    def seconds(num_rows: int, width: int) -> float:
+        at = min(bisect.bisect_left(BUCKETS, width), len(BUCKETS) - 1)
+        one, eight = (1e-3 * times[at] for times in table)
+        return one + (eight - one) * (num_rows - 1) / 7
+
+    return seconds
+
+
+COSTS = {
+    "memory-bound": lambda rows, width: 1.0 + 0.0003 * rows * width,
+    "two cores, float32": measured(FLOAT32),
+    "two cores, bfloat16": measured(BFLOAT16),
+    "compute-bound": lambda rows, width: 0.7 + 0.3 * rows * width,
+    "nothing but compute": lambda rows, width: 1.0 * rows * width,
+}
+PICTURES = {
+    "easy": {"hard": 0.08, "ahead": 130},
+    "hard": {"hard": 0.25, "ahead": 80},
+    "hopeless": {"hard": 1.0, "ahead": 5, "fresh": 0.0},
+}
+CASES = [(cost, kind, rows) for cost in COSTS for kind in PICTURES for rows in (1, 8)]
+
+
+def fixed(width):
+    return lambda remaining, num_active: FixedSchedule(width, remaining)
+
+
+def chosen(memory):
+    return lambda remaining, num_active: WindowSchedule(128, remaining, num_active, memory)
+
+
+def speed(world, make, num_images, seeds) -> float:
+    runs = [world.generate(make, num_images, seed) for seed in seeds]
+    return sum(run.units for run in runs) / sum(run.seconds for run in runs)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Speed of the chosen window over that of the best fixed one, and over plain decoding."""
+    found = {}
+    for cost, kind, num_images in CASES:
+        world = Pictures(seconds=COSTS[cost], **PICTURES[kind])
+        seeds = range(8) if num_images == 1 else range(2)
+        speeds = {width: speed(world, fixed(width), num_images, seeds) for width in BUCKETS}
+        mine = speed(world, chosen(WindowMemory()), num_images, seeds)
+        found[cost, kind, num_images] = (mine / max(speeds.values()), mine / speeds[1])
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_within_ten_percent_of_the_best_fixed_window(case, results):
+    assert results[case][0] > 0.9
+
+
+def test_within_five_percent_on_the_whole(results):
+    ratios = [math.log(ratio) for ratio, _ in results.values()]
+    assert math.exp(sum(ratios) / len(ratios)) > 0.95
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_never_below_95_percent_of_plain_decoding(case, results):
+    assert results[case][1] > 0.95
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def record(width, seconds=1.0, units=1, num_rows=1):
+    return StepRecord(
+        index=0,
+        width=width,
+        num_drafted=(width - 1,) * num_rows,
+        num_levels=(width - 1,) * num_rows,
+        num_accepted=(units - 1,) * num_rows,
+        num_emitted=(units,) * num_rows,
+        was_active=(True,) * num_rows,
+        draft_time_s=0.0,
+        verify_time_s=seconds,
+        other_time_s=0.0,
+    )
+
+
+def endless() -> int:
+    return 10**9
+
+
+def one() -> int:
+    return 1
+
+
+def test_a_settled_window_brings_one_unit_at_least_and_the_limit_at_most():
+    for limit in (1.0, 3.0, 10.0):
+        units = [round(settled_units(width, limit), 9) for width in BUCKETS]
+        assert units[0] == 1
+        assert units == sorted(units)
+        assert units[-1] <= limit
+    assert settled_units(10**6, 10.0) == pytest.approx(10, rel=0.01)
+
+
+def test_the_curve_follows_what_was_counted():
+    memory = WindowMemory()
+    before = memory.expected()
+    assert before(1) == pytest.approx(1)
+    assert before(16) < before(64)
+    for _ in range(100):
+        memory.count(16, 8, 8 * 2)
+    after = memory.expected()
+    assert after(16) == pytest.approx(2, rel=0.02)
+    assert after(64) < 0.6 * before(64)
+    for _ in range(2000):
+        memory.count(16, 8, 8 * 5)
+    assert memory.expected()(16) == pytest.approx(5, rel=0.02)
+    assert sum(memory.trials.values()) <= memory.SPAN
+
+
+def test_costs_of_other_widths_and_rows_lie_on_a_line():
+    memory = WindowMemory()
+    assert memory.cost(1, 8) is None
+    for rows, width in ((8, 1), (8, 8)):
+        memory.costs[rows, width].extend([2.0 + 0.1 * rows * width] * 3)
+    assert memory.cost(8, 8) == pytest.approx(8.4)
+    assert memory.cost(8, 16) == pytest.approx(14.8)
+    assert memory.cost(2, 16) == pytest.approx(5.2)
+    # A slow first step of a width (a compilation) is no measure; of two the faster counts.
+    memory.costs[8, 16].append(300.0)
+    assert memory.cost(8, 16) == pytest.approx(14.8)
+    memory.costs[8, 16].append(15.0)
+    assert memory.cost(8, 16) == 15.0
+
+
+def test_costs_that_fall_with_the_width_make_a_flat_line():
+    memory = WindowMemory()
+    memory.costs[1, 1].append(1.1)
+    memory.costs[1, 8].append(1.0)
+    assert 1.0 <= memory.cost(1, 128) < 1.1
+
+
+def test_the_first_step_is_plain_and_teaches_nothing():
+    memory = WindowMemory()
+    schedule = WindowSchedule(64, endless, one, memory)
+    assert [schedule.plan().width for _ in range(2)] == [1, 1]
+    schedule.observe(record(1, 1e9))
+    assert not memory.costs
+    widths = []
+    for _ in range(3):
+        widths.append(schedule.plan().width)
+        schedule.observe(record(widths[-1]))
+    assert widths == [1, 8, 64]  # plain, then another, then where a flat line leads
+
+
+def test_what_a_call_found_serves_the_next():
+    memory = WindowMemory()
+    world = Pictures(seconds=COSTS["two cores, float32"], **PICTURES["easy"])
+    world.generate(chosen(memory), 1)
+    schedule = WindowSchedule(128, endless, one, memory)
+    schedule.observe(record(1))
+    assert schedule.plan().width >= 16
+    assert all(len(samples) <= memory.CARRIED for samples in memory.costs.values())
+
+
+def test_a_little_better_is_no_reason_to_change():
+    memory = WindowMemory()
+    schedule = WindowSchedule(128, endless, one, memory)
+    schedule.observe(record(1))
+    memory.costs[1, 1].extend([1.0] * 3)
+    units = memory.expected()
+    for width in BUCKETS[1:]:
+        memory.costs[1, width].extend([units(width) / (1.2 if width == 16 else 1.1)] * 3)
+    assert schedule.plan().width == 16
+    memory.costs[1, 32].extend([units(32) / 1.22] * 9)
+    assert schedule.plan().width == 16
+    memory.costs[1, 32].extend([units(32) / 1.3] * 9)
+    assert schedule.plan().width == 32
+
+
+def test_fewer_rows_get_a_wider_window():
+    world = Pictures(seconds=COSTS["two cores, float32"], **PICTURES["easy"])
+    memory = WindowMemory()
+    for seed in range(2):
+        world.generate(chosen(memory), 8, seed)
+    active = [8]
+    schedule = WindowSchedule(128, endless, lambda: active[0], memory)
+    schedule.observe(record(1))
+    wide = schedule.plan().width
+    active[0] = 1
+    assert schedule.plan().width > wide
+
+
+def test_the_window_ends_with_the_rows():
+    left = [100]
+    schedule = WindowSchedule(64, lambda: left[0], one)
+    rng = random.Random(0)
+    for _ in range(20):
+        schedule.observe(record(schedule.plan().width, 1 + 0.01 * rng.random(), units=4))
+    for remaining, most in [(5, 8), (3, 4), (1, 2), (0, 1)]:
+        left[0] = remaining
+        assert schedule.plan().width <= most
+
+
+@pytest.mark.parametrize("width", [0, 129])
+def test_widths_out_of_range_are_refused(width):
+    with pytest.raises(ValueError, match=f"between 1 and 128, got {width}"):
+        WindowSchedule(width, endless, one)
