@@ -194,7 +194,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             temperature=temperature, top_k=top_k, top_p=top_p, allowed=layout.allowed
         )
         # Looked at before guidance: a family without negative prompts says so in any case.
-        negatives = [
+        negative_ids = [
             self._family.negative(self.processor, text, layout)
             for _, text in pairs
             if text is not None
@@ -207,7 +207,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             law=build_law(config),
             window=1 if decoder == "sequential" else window,
             guidance_scale=guidance_scale,
-            negatives=negatives or None,
+            negatives=negative_ids or None,
             keys_B=row_keys(generator, len(pairs)),
             device=self.device,
             compile=compile,

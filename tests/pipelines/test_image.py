@@ -102,7 +102,7 @@ def test_a_chosen_window_moves_no_token(pipe, model, guidance):
     plain = tokens(pipe, decoder="sequential", **options)
     for _ in range(3):  # the later calls begin with what the earlier ones found
         assert torch.equal(tokens(pipe, **options), plain)
-    memories = _MEMORIES[model]
+    memories = _MEMORIES[model.model.language_model]
     kind = next(kind for kind in memories if kind[0] == guidance)
     assert any(width > 1 for _, width in memories[kind].costs)
 
