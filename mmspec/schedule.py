@@ -196,6 +196,9 @@ class AdaptiveSchedule:
 
     def _is_plain_due(self) -> bool:
         if self._is_free:
+            # Without it no draft has a price, and in a batch a wide step may cost five plain ones.
+            if not self.costs[1]:
+                return True
             wait = self.PLAIN_EVERY if len(self.costs[1]) > 1 else self.GRACE
             is_slow = self._units < self.CLEAR_GAIN * self._steps
             return is_slow and self._steps - self._last_plain > wait
