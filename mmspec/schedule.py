@@ -90,8 +90,9 @@ class AdaptiveSchedule:
     PROBE_SHARE = 0.02
     #: Plain steps that probes may lose on top, mostly at the start.
     GRACE = 4
-    #: Share of its price that a free draft must bring while drafting is in profit: near break-even
-    #: the seconds hardly change, while more units per forward come out. In loss it is all of it.
+    #: Share of its price that a single row's free draft must bring while drafting is in profit:
+    #: near break-even the seconds hardly change, while more units per forward come out. In loss,
+    #: and in a batch, it is all of it.
     LENIENCE = 0.45
     #: Steps of each width that a later generation takes over.
     CARRIED = 3
@@ -227,7 +228,8 @@ class AdaptiveSchedule:
         if not self._is_free or plain is None:
             return {}
         rate = (self._units + 1.0) / (self._elapsed_s + plain)
-        if self._lost_s <= 0.0:
+        # In a batch a mistaken wide step costs several plain ones, so nothing is given away there.
+        if self._lost_s <= 0.0 and len(self._row_units) <= 1:
             rate *= self.LENIENCE
         costs = {width: self._cost(width) or plain for width in self._widths}
         return {width: rate * max(cost - plain, 0.0) for width, cost in costs.items()}
