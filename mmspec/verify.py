@@ -342,7 +342,7 @@ def _walked(proposal: Proposal, choices_BN: Tensor, law_logits: Tensor) -> Verdi
     return Verdict(
         choices_BN=choices_BN,
         path_BM=path_BM,
-        emitted_BM=choices_BN.gather(1, path_BM),
+        emitted_BM=choices_BN if proposal.is_chain else choices_BN.gather(1, path_BM),
         num_accepted_B=num_accepted_B,
         law_logits_BNV=law_logits,
     )
