@@ -1,6 +1,6 @@
 """Text to image with autoregressive image models, by speculative Jacobi decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from mmspec.window_schedule import WindowSchedule, window_schedule
 
 #: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
 DECODERS = {"sequential": "exact", "exact": "exact", "coupled": "coupled", "sjd": "sjd"}
+ImageDecoder = Callable[[Tensor], Tensor]
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
 
@@ -78,11 +79,20 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         >>> out.images[0].save("avatar.png")  # doctest: +SKIP
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(
+        self, model: Any, processor: Any, image_decoder: ImageDecoder | None = None
+    ) -> None:
         """Wraps loaded objects; see `from_pretrained` and `from_model`."""
         super().__init__(model)
         self.processor = processor
         self._family = image_family(model)
+        self._no_pixels = getattr(self._family, "no_pixels", None)
+        if image_decoder is not None:
+            require(callable(image_decoder), "image_decoder", "None or callable", image_decoder)
+            rule = f"None for {type(model).__name__}, which has a pixel decoder of its own"
+            require(self._no_pixels is not None, "image_decoder", rule, image_decoder)
+            self._no_pixels = None
+        self.image_decoder = image_decoder
 
     @classmethod
     def from_pretrained(
@@ -91,6 +101,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         *,
         dtype: torch.dtype | None = None,
         device_map: Any = None,
+        image_decoder: ImageDecoder | None = None,
         **kwargs: Any,
     ) -> "SpeculativeImagePipeline":
         """Loads a bundled model, a local folder or a hub repository of a plain transformers model.
@@ -99,6 +110,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             id_or_path: ``"bundled:avatars"``, a folder, or a hub id.
             dtype: Floating-point type; float32 if None.
             device_map: As in transformers; needs accelerate.
+            image_decoder: As in `from_model`.
             **kwargs: Passed to the model's ``from_pretrained``.
 
         Raises:
@@ -109,12 +121,25 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype or torch.float32, device_map=device_map, **kwargs
         )
-        return cls(model, _load_processor(path))
+        return cls(model, _load_processor(path), image_decoder)
 
     @classmethod
-    def from_model(cls, model: Any, processor: Any) -> "SpeculativeImagePipeline":
-        """Uses objects that are loaded already: a model and its processor or tokenizer."""
-        return cls(model, processor)
+    def from_model(
+        cls, model: Any, processor: Any, *, image_decoder: ImageDecoder | None = None
+    ) -> "SpeculativeImagePipeline":
+        """Uses objects that are loaded already.
+
+        Args:
+            model: The model.
+            processor: Its processor or tokenizer.
+            image_decoder: Makes pixels ``[B, 3, height, width]`` in [-1, 1] of codes ``[B, rows,
+                columns]``, as the decoder of a VQ model does; for families that have none in
+                transformers.
+
+        Raises:
+            ValueError: If the model is of no known family, or has a pixel decoder of its own.
+        """
+        return cls(model, processor, image_decoder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the model and its processor as transformers does."""
@@ -180,9 +205,8 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         rule = _rule_of(decoder)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        no_pixels = getattr(self._family, "no_pixels", None)
-        if no_pixels is not None and output_type != "tokens":
-            raise ValueError(no_pixels)
+        if self._no_pixels is not None and output_type != "tokens":
+            raise ValueError(self._no_pixels)
         check_callback(callback_on_step_end)
         check_window(window)
         if guidance_scale is None:
@@ -221,6 +245,22 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         """Token ids of a prompt for an image of the family's own size."""
         return self._family.prompt(self.processor, text, self._family.layout(None, None))
 
+    def _decode(self, tokens: Tensor, layout: ImageLayout) -> Tensor:
+        """Codes ``[B, rows * columns]`` to pixels ``[B, height, width, 3]`` in [0, 1], on the CPU.
+
+        Raises:
+            ValueError: If a supplied decoder returns something else.
+        """
+        tokens = tokens.to(self.device)
+        if self.image_decoder is None:
+            return self._family.decode(tokens, layout).cpu()
+        pixels = self.image_decoder(tokens.view(-1, layout.rows, layout.columns))
+        shape = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        is_good = isinstance(shape, list) and len(shape) == 4 and shape[:2] == [len(tokens), 3]
+        rule = f"of the shape [{len(tokens)}, 3, height, width]"
+        require(is_good, "the pixels that image_decoder returns", rule, shape)
+        return (pixels.permute(0, 2, 3, 1).float().cpu() * 0.5 + 0.5).clamp(0, 1)
+
     def _output(self, result: Generation, layout: ImageLayout, output_type: str) -> ImageOutput:
         num_rows = len(result.units)
         units = torch.full((num_rows, layout.num_tokens), -1)
@@ -232,8 +272,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         tokens = units[:, layout.code_index]
         images = None
         if output_type != "tokens" and not result.interrupted:
-            pixels = self._family.decode(tokens.to(self.device), layout).cpu()
-            images = _as_type(pixels, output_type)
+            images = _as_type(self._decode(tokens, layout), output_type)
         return ImageOutput(
             images=images,
             tokens=tokens,
