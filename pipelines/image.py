@@ -1,5 +1,6 @@
 """Text to image with autoregressive image models, by speculative Jacobi decoding."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from mmspec.adapters.causal_lm import check_fits
 from mmspec.adapters.token_image import (
     ImageFamily,
     ImageLayout,
@@ -192,7 +194,8 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             top_p: Keep the smallest set with this mass.
             output_type: "pil", "pt", "np" or "tokens".
             callback_on_step_end: Called as ``f(pipeline, step_index, details)`` after each step;
-                returning True interrupts.
+                returning True interrupts. ``details["preview"]()`` draws the images so far, grey
+                where nothing is yet: a list of PIL images, at the price of a pixel decoding.
             compile: Compile the model's forward (pays on long runs).
 
         Raises:
@@ -223,7 +226,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             for _, text in pairs
             if text is not None
         ]
-        engine, _ = image_engine(
+        engine, rows = image_engine(
             self._family,
             layout,
             [self._family.prompt(self.processor, text, layout) for text, _ in pairs],
@@ -236,7 +239,10 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             device=self.device,
             compile=compile,
         )
-        bar, after_step = self._watch(len(pairs) * layout.num_tokens, callback_on_step_end)
+        preview = functools.partial(self._preview, rows, layout)
+        bar, after_step = self._watch(
+            len(pairs) * layout.num_tokens, callback_on_step_end, more={"preview": preview}
+        )
         with bar:
             result = engine.run(after_step)
         return self._output(result, layout, output_type)
@@ -244,6 +250,54 @@ class SpeculativeImagePipeline(SpeculativePipeline):
     def _prompt_ids(self, text: str) -> list[int]:
         """Token ids of a prompt for an image of the family's own size."""
         return self._family.prompt(self.processor, text, self._family.layout(None, None))
+
+    def check_request(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Refuses what a call would refuse about one image, and runs nothing.
+
+        Args:
+            prompt: As in the call, and so are the others.
+            negative_prompt: One text or None.
+            height: Pixels.
+            width: Pixels.
+
+        Raises:
+            ValueError: If the prompt is empty or too long, or the family does not make such images.
+        """
+        as_list(prompt)
+        layout = self._family.layout(height, width)
+        prompts = [self._family.prompt(self.processor, prompt, layout)]
+        if negative_prompt is not None:
+            prompts.append(self._family.negative(self.processor, negative_prompt, layout))
+        budgets = [layout.num_tokens] * len(prompts)
+        keys_B = torch.zeros(len(prompts), dtype=torch.long)
+        rows = TokenRows(prompts, max_new_tokens=budgets, keys_B=keys_B)
+        check_fits(self._family.backbone, rows)
+
+    def _preview(self, rows: TokenRows, layout: ImageLayout) -> list[Image.Image]:
+        if self._no_pixels is not None:
+            raise ValueError(self._no_pixels)
+        units = [
+            tokens[length:]
+            for tokens, length in zip(rows.host_tokens, rows.prompt_lengths, strict=True)
+        ]
+        tokens = _codes(units, layout)
+        is_there = tokens >= 0
+        # A decoder looks around: the last code in the place of those to come keeps edges quiet.
+        last = tokens.gather(1, (is_there.sum(1, keepdim=True) - 1).clamp(min=0)).clamp(min=0)
+        pixels = self._decode(torch.where(is_there, tokens, last), layout)
+        mask = is_there.view(-1, 1, layout.rows, layout.columns).float()
+        mask = torch.nn.functional.interpolate(mask, size=pixels.shape[1:3])
+        drawn: list[Image.Image] = _as_type(
+            torch.where(mask.permute(0, 2, 3, 1) > 0, pixels, 0.5), "pil"
+        )
+        return drawn
 
     def _decode(self, tokens: Tensor, layout: ImageLayout) -> Tensor:
         """Codes ``[B, rows * columns]`` to pixels ``[B, height, width, 3]`` in [0, 1], on the CPU.
@@ -263,20 +317,18 @@ class SpeculativeImagePipeline(SpeculativePipeline):
 
     def _output(self, result: Generation, layout: ImageLayout, output_type: str) -> ImageOutput:
         num_rows = len(result.units)
-        units = torch.full((num_rows, layout.num_tokens), -1)
-        steps = torch.full((num_rows, layout.num_tokens), -1)
-        for row, of_row in enumerate(result.units):
-            units[row, : len(of_row)] = torch.tensor(of_row, dtype=torch.long)
-            taken = [s.index for s in result.steps for _ in range(s.num_emitted[row])]
-            steps[row, : len(taken)] = torch.tensor(taken, dtype=torch.long)
-        tokens = units[:, layout.code_index]
+        steps = [
+            [step.index for step in result.steps for _ in range(step.num_emitted[row])]
+            for row in range(num_rows)
+        ]
+        tokens = _codes(result.units, layout)
         images = None
         if output_type != "tokens" and not result.interrupted:
             images = _as_type(self._decode(tokens, layout), output_type)
         return ImageOutput(
             images=images,
             tokens=tokens,
-            step_maps=steps[:, layout.code_index].view(num_rows, layout.rows, layout.columns),
+            step_maps=_codes(steps, layout).view(num_rows, layout.rows, layout.columns),
             stats=result.stats,
             row_stats=result.row_stats,
             interrupted=result.interrupted,
@@ -348,6 +400,14 @@ def image_engine(
         shared_noise=rule == "exact",
     )
     return Engine(target, drafter, build_rule(rule, law, rows), schedule), rows
+
+
+def _codes(units: Sequence[Sequence[int]], layout: ImageLayout) -> Tensor:
+    """What belongs to codes of what belongs to the new tokens of rows, -1 where nothing is yet."""
+    laid = torch.full((len(units), layout.num_tokens), -1)
+    for row, of_row in enumerate(units):
+        laid[row, : len(of_row)] = torch.tensor(of_row, dtype=torch.long)
+    return laid[:, layout.code_index]
 
 
 def _count(num_images_per_prompt: int) -> int:

@@ -61,10 +61,12 @@ class JacobiDrafter:
         """
         if isinstance(stride, int) and stride < 1:
             raise ValueError(f"stride must be >= 1, got {stride}")
+        if isinstance(stride, Tensor):
+            stride = stride.to(rows.lengths_B.device)
         longest = int(stride.max()) if isinstance(stride, Tensor) else stride or 0
         self._rows = rows
         self._vocab_size = vocab_size
-        self._stride = stride if not isinstance(stride, Tensor) else stride.to(rows.lengths_B.device)
+        self._stride = stride
         self._max_width = max_width
         self._is_greedy = is_greedy
         self._shared_noise = shared_noise

@@ -153,7 +153,9 @@ def test_a_decoder_that_returns_something_else_is_named(model, processor, return
         ({"negative_prompt": "a " * 60}, "has a context of 64"),
     ],
 )
-def test_bad_options_are_refused_before_any_forward(model, processor, monkeypatch, options, message):
+def test_bad_options_are_refused_before_any_forward(
+    model, processor, monkeypatch, options, message
+):
     def fail(*args, **kwargs):
         raise AssertionError("a forward ran before the arguments were checked")
 
