@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from emu3 import tiny_emu3, tiny_processor
 from PIL import Image
 from saved import save_janus, save_llama
 from typer.testing import CliRunner
@@ -238,6 +240,34 @@ def test_an_output_that_cannot_be_written_is_found_before_a_model_is_loaded(tmp_
     (tmp_path / "folder.png").mkdir()
     line = reason("image", "a", "--out", tmp_path / "folder.png", *missing, code=1)
     assert "it is a folder" in line
+
+
+def test_sizes_and_negative_prompts_reach_the_model(tmp_path):
+    folder, out = tmp_path / "emu3", tmp_path / "out"
+    tiny_emu3(dtype=torch.float32).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "a red hair", "height": 16},
+        {"prompt": "a red hair", "negative_prompt": "blue"},
+        {"prompt": "a red hair", "negative_prompt": "glasses"},
+        {"prompt": "a red hair"},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    command = ["image", "--prompts", prompts, "--model", folder, "--out", out, "--scale", 1]
+    command += ["--height", 24, "--width", 32, "--num", 2]
+    summary = json.loads(run(*command, "--json").stdout)
+    assert [stats["num_units"] for stats in summary["batches"]] == [
+        2 * (2 * 5 + 3), 4 * (3 * 5 + 3), 2 * (3 * 5 + 3)
+    ]  # fmt: skip
+    pictures = [Image.open(out / f"{row:04d}-00.png").convert("RGB") for row in range(4)]
+    assert [picture.size for picture in pictures] == [(32, 16)] + [(32, 24)] * 3
+    assert len({picture.tobytes() for picture in pictures[1:]}) == 3
+    chunks = [read_png_metadata(out / f"{row:04d}-01.png") for row in range(4)]
+    assert [c["height"] for c in chunks] == ["16", "24", "24", "24"]
+    assert [c.get("negative_prompt") for c in chunks] == [None, "blue", "glasses", None]
+    line = reason(*command[:5], "--out", tmp_path / "a.png", "--width", 32, code=2)
+    assert "must be of one height and width" in line
 
 
 @pytest.mark.parametrize("kind", ["gif", "png"])
