@@ -71,14 +71,10 @@ class SpeculativePipeline:
         config = {"unit": "tok", "leave": False} | self._progress_bar_config
         bar = tqdm(total=total, **(config | {"disable": True} if is_quiet else config))
 
-        num_row_steps = 0
+        move = mover(bar)
 
         def after_step(record: StepRecord, outcome: Outcome) -> bool:
-            nonlocal num_row_steps
-            num_row_steps += sum(record.was_active)
-            bar.update(sum(record.num_emitted))
-            tau = bar.n / max(1, num_row_steps)
-            bar.set_postfix_str(f"tau {tau:.2f}, {record.index + 1} forwards", refresh=False)
+            move(record)
             stop = False
             if on_step_end is not None:
                 details = {"record": record, "outcome": outcome, **(more or {})}
@@ -86,6 +82,20 @@ class SpeculativePipeline:
             return stop or self._interrupt
 
         return bar, after_step
+
+
+def mover(bar: tqdm) -> Callable[[StepRecord], None]:
+    """What moves a bar of units, a step at a time, and writes tau and the forwards beside it."""
+    num_row_steps = 0
+
+    def move(record: StepRecord) -> None:
+        nonlocal num_row_steps
+        num_row_steps += sum(record.was_active)
+        bar.update(sum(record.num_emitted))
+        tau = bar.n / max(1, num_row_steps)
+        bar.set_postfix_str(f"tau {tau:.2f}, {record.index + 1} forwards", refresh=False)
+
+    return move
 
 
 def check_callback(on_step_end: StepEnd | None) -> None:

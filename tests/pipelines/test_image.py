@@ -1,5 +1,7 @@
 """The image pipeline and the Janus adapter, on a tiny random Janus of transformers' own class."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -294,6 +296,11 @@ def _must_not_run(*args, **kwargs):
     raise AssertionError("a forward ran before the arguments were checked")
 
 
+def test_a_model_with_a_pixel_decoder_takes_no_other(model, tokenizer):
+    with pytest.raises(ValueError, match="image_decoder must be None for JanusForConditional"):
+        SpeculativeImagePipeline.from_model(model, tokenizer, image_decoder=abs)
+
+
 @pytest.fixture(scope="module")
 def avatars() -> SpeculativeImagePipeline:
     pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars")
@@ -333,3 +340,12 @@ def test_a_request_can_be_checked_without_a_call(pipe, model, monkeypatch, optio
     pipe.check_request(PROMPTS[0])
     with pytest.raises(ValueError, match=message):
         pipe.check_request(**({"prompt": PROMPTS[0]} | options))
+
+
+def test_the_bar_counts_codes_and_shows_tau_and_forwards(pipe):
+    written = io.StringIO()
+    pipe.set_progress_bar_config(file=written, leave=True, mininterval=0)
+    stats = pipe(PROMPTS, window=8, output_type="tokens").stats
+    last = written.getvalue().split("\r")[-1]
+    assert f"{stats.num_units}/{3 * 16} " in last
+    assert f"tau {stats.tau:.2f}, {stats.num_target_forwards} forwards" in last
