@@ -297,8 +297,8 @@ def image(
             dtype=dtype,
         )
         settings.check()
-        shared = {"negative_prompt": negative_prompt, "height": height, "width": width}
-        shared["seed"] = seed
+        shared: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": seed}
+        shared |= {"height": height, "width": width}
         run: dict[str, Any] = {
             "load": loader("SpeculativeImagePipeline", model, KNOWN_IMAGE_MODELS, dtype, device),
             "requests": jobs.read_requests(file, shared)

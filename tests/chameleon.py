@@ -27,14 +27,14 @@ def vocabulary(*, is_shuffled=False) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def tiny_chameleon(*, is_shuffled=False, context=64) -> ChameleonForConditionalGeneration:
+def tiny_chameleon(*, is_shuffled=False, swin_norm=False) -> ChameleonForConditionalGeneration:
     torch.manual_seed(0)
     names = vocabulary(is_shuffled=is_shuffled)
     config = ChameleonConfig(
         vocab_size=len(names), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
         initializer_range=0.3, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
-        vocabulary_map=names,
+        vocabulary_map=names, swin_norm=swin_norm,
         vq_config={
             "embed_dim": 8, "num_embeddings": NUM_CODES, "latent_channels": 8, "resolution": 8,
             "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1,

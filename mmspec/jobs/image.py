@@ -436,6 +436,8 @@ def _joined(all_chunks: Sequence[Mapping[str, str]]) -> dict[str, str]:
     for name in dict.fromkeys(name for chunks in all_chunks for name in chunks):
         values = [chunks.get(name) for chunks in all_chunks]
         first = values[0]
-        is_shared = first is not None and values.count(first) == len(values)
-        joined[name] = first if is_shared else json.dumps(values, ensure_ascii=False)
+        if first is not None and values.count(first) == len(values):
+            joined[name] = first
+        else:
+            joined[name] = json.dumps(values, ensure_ascii=False)
     return joined

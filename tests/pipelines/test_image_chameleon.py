@@ -72,12 +72,10 @@ def by_hand(model, ids, negative_ids, guidance) -> list[int]:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0, 0.5])
 @pytest.mark.parametrize("negative", [None, "lowres hair"])
-@pytest.mark.parametrize("is_shuffled", [False, True], ids=["in order", "shuffled"])
-def test_greedy_is_that_of_the_decoder_and_the_head(guidance, negative, is_shuffled):
-    model, processor = (
-        tiny_chameleon(is_shuffled=is_shuffled),
-        tiny_processor(is_shuffled=is_shuffled),
-    )
+@pytest.mark.parametrize("change", [None, "is_shuffled", "swin_norm"])
+def test_greedy_is_that_of_the_decoder_and_the_head(guidance, negative, change):
+    model = tiny_chameleon(**({change: True} if change else {}))
+    processor = tiny_processor(is_shuffled=change == "is_shuffled")
     options = {"guidance_scale": guidance, "negative_prompt": negative, "temperature": 0.0}
     ours = run(make_pipe(model, processor), window=8, **options).tokens
     for row, text in enumerate(PROMPTS):
