@@ -173,8 +173,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         Args:
             prompt: One prompt or several.
             negative_prompt: What guidance steers away from: one text for all prompts or one for
-                each; it may be empty. For Emu3; unused where guidance is off. None leaves it to
-                the family: for Emu3 the token that begins the image and nothing before it.
+                each; it may be empty. For Emu3 and Chameleon; unused where guidance is off. None
+                leaves it to the family: for Emu3 the token that begins the image and nothing
+                before it, for Chameleon the beginning of the sequence before that.
             height: Height of the images in pixels, for families that make several sizes; None is
                 the family's own.
             width: Width in pixels, likewise.
