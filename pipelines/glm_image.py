@@ -21,9 +21,9 @@ from mmspec.checks import is_list, require, require_generator, require_known
 from mmspec.forward import text_device
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
-from mmspec.pipelines.base import check_positive, check_window
+from mmspec.pipelines.base import check_positive, check_window, mover
 from mmspec.pipelines.image import DECODERS, image_engine
-from mmspec.records import Outcome, Stats, StepRecord
+from mmspec.records import Stats
 from mmspec.sampling import build_law
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -232,11 +232,8 @@ class AcceleratedGlmImage:
             compile=settings.compile,
         )
         with self.pipe.progress_bar(total=rows.num_rows * layout.num_tokens) as bar:
-
-            def advance(record: StepRecord, outcome: Outcome) -> None:
-                bar.update(sum(record.num_emitted))
-
-            result = engine.run(advance)
+            move = mover(bar)
+            result = engine.run(lambda record, _: move(record))
         self.stats, self.row_stats = result.stats, result.row_stats
         return torch.cat([ids, torch.tensor(result.units, device=ids.device)], dim=1)
 

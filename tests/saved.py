@@ -47,7 +47,7 @@ def save_llama(folder):
     return str(folder)
 
 
-def save_janus(folder):
+def save_janus(folder, *, num_codes=40):
     torch.manual_seed(0)
     model = JanusForConditionalGeneration(
         JanusConfig(
@@ -74,7 +74,7 @@ def save_janus(folder):
             },
             vq_config={
                 "embed_dim": 8,
-                "num_embeddings": 40,
+                "num_embeddings": num_codes,
                 "latent_channels": 8,
                 "base_channels": 32,
                 "channel_multiplier": [1, 1],

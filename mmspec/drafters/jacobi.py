@@ -35,7 +35,7 @@ class JacobiDrafter:
         vocab_size: int,
         *,
         max_width: int,
-        stride: int | None = None,
+        stride: int | Tensor | None = None,
         is_greedy: bool = False,
         shared_noise: bool = True,
         keep_laws: bool = False,
@@ -47,8 +47,9 @@ class JacobiDrafter:
             rows: The rows.
             vocab_size: V.
             max_width: Largest window, root included.
-            stride: Positions in a grid row: a new position looks at the law ``stride`` back. None
-                looks at the last known law.
+            stride: Positions in a grid row: a new position looks at the law ``stride`` back. Or
+                one for each new token of a row, ``[T]``, 0 where none is above. None looks at the
+                last known law.
             is_greedy: The rule takes the argmax, so guesses do too.
             shared_noise: Draw new positions with the noise of the target's own choice (for the
                 exact rule); otherwise with fresh noise (for rules that keep only the law).
@@ -58,8 +59,11 @@ class JacobiDrafter:
         Raises:
             ValueError: If the stride is below 1.
         """
-        if stride is not None and stride < 1:
+        if isinstance(stride, int) and stride < 1:
             raise ValueError(f"stride must be >= 1, got {stride}")
+        if isinstance(stride, Tensor):
+            stride = stride.to(rows.lengths_B.device)
+        longest = int(stride.max()) if isinstance(stride, Tensor) else stride or 0
         self._rows = rows
         self._vocab_size = vocab_size
         self._stride = stride
@@ -69,7 +73,7 @@ class JacobiDrafter:
         self._keep_laws = keep_laws and not is_greedy
         self._allowed = allowed
         # A ring by position: far enough back for the row above, far enough ahead for the window.
-        self._ring = 2 * max_width + (stride or 0) + 1
+        self._ring = 2 * max_width + longest + 1
         self._laws_BRV: Tensor | None = None
         self._guesses_BR: Tensor | None = None
         self._known_B = rows.lengths_B.clone()  # laws are known for positions below this
@@ -136,9 +140,13 @@ class JacobiDrafter:
         last = self._known_B[:, None] - 1
         if self._stride is None:
             return last.expand_as(position)
-        above = position - self._stride
         first = self._rows.prompt_lengths_B[:, None]
-        return torch.where(above >= first, torch.minimum(above, last), last)
+        back = self._stride
+        if isinstance(back, Tensor):
+            back = back[(position - first).clamp(0, len(back) - 1)]
+        above = position - back
+        is_there = (above >= first) & (above < position)
+        return torch.where(is_there, torch.minimum(above, last), last)
 
 
 def default_window(num_tokens: int, num_rows: int = 1) -> int:

@@ -1,5 +1,7 @@
 """The image pipeline and the Janus adapter, on a tiny random Janus of transformers' own class."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -292,3 +294,58 @@ def test_a_model_of_another_family_is_refused(tokenizer):
 
 def _must_not_run(*args, **kwargs):
     raise AssertionError("a forward ran before the arguments were checked")
+
+
+def test_a_model_with_a_pixel_decoder_takes_no_other(model, tokenizer):
+    with pytest.raises(ValueError, match="image_decoder must be None for JanusForConditional"):
+        SpeculativeImagePipeline.from_model(model, tokenizer, image_decoder=abs)
+
+
+@pytest.fixture(scope="module")
+def avatars() -> SpeculativeImagePipeline:
+    pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_preview_shows_what_is_there_and_grey_for_the_rest(avatars):
+    frames, known = [], []
+
+    def look(pipeline, step, details):
+        known.append([known[-1][row] + len(new) if known else len(new)
+                      for row, new in enumerate(details["outcome"].new_units)])  # fmt: skip
+        frames.append(details["preview"]())
+
+    out = avatars(PROMPTS[:2], generator=seeds(1, 2), window=16, callback_on_step_end=look)
+    for counts, pictures in zip(known, frames, strict=True):
+        for row, (count, picture) in enumerate(zip(counts, pictures, strict=True)):
+            # This model's decoder makes one pixel of each code, whatever is around it.
+            pixels = np.asarray(picture).reshape(-1, 3)
+            assert (pixels[:count] == np.asarray(out.images[row]).reshape(-1, 3)[:count]).all()
+            assert (pixels[count:] == 128).all()
+    assert len({counts[0] for counts in known}) > 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": " "}, "prompt 0 must be a non-empty string"),
+        ({"prompt": "a " * 60}, "context of 64"),
+        ({"height": 8}, "Janus makes images of one size"),
+        ({"negative_prompt": "blue"}, "negative_prompt is not supported by Janus"),
+    ],
+)
+def test_a_request_can_be_checked_without_a_call(pipe, model, monkeypatch, options, message):
+    monkeypatch.setattr(model.model.language_model, "forward", _must_not_run)
+    pipe.check_request(PROMPTS[0])
+    with pytest.raises(ValueError, match=message):
+        pipe.check_request(**({"prompt": PROMPTS[0]} | options))
+
+
+def test_the_bar_counts_codes_and_shows_tau_and_forwards(pipe):
+    written = io.StringIO()
+    pipe.set_progress_bar_config(file=written, leave=True, mininterval=0)
+    stats = pipe(PROMPTS, window=8, output_type="tokens").stats
+    last = written.getvalue().split("\r")[-1]
+    assert f"{stats.num_units}/{3 * 16} " in last
+    assert f"tau {stats.tau:.2f}, {stats.num_target_forwards} forwards" in last
