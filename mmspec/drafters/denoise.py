@@ -52,13 +52,14 @@ class DenoiseDrafter(JacobiDrafter):
         self._embed = embed
         # How far the forwards of each row reached, the farthest first: a position was fed in as
         # many forwards as reached it, and is clean once that is the number of steps.
-        num_steps = denoiser.schedule.num_steps
-        self._reached = [[0] * num_steps for _ in range(rows.num_rows)]
+        self._schedule = denoiser.schedule
+        self._reached = [[0] * self._schedule.num_steps for _ in range(rows.num_rows)]
+        self._sigmas = self._schedule.sigmas().to(rows.lengths_B.device)
 
     def propose(self, plan: Plan) -> Proposal:
         """A chain of guesses: drafts up to the first noisy one, noisy embeddings from there on."""
         proposal = super().propose(plan)
-        schedule = self._denoiser.schedule
+        schedule = self._schedule
         if proposal.width == 1 or schedule.num_steps == 0:
             return proposal
         device = proposal.tokens_BN.device
@@ -88,7 +89,6 @@ class DenoiseDrafter(JacobiDrafter):
         # The root may be a text token; it is fed as it is.
         embeds = self._embed(tokens_BN.clamp(max=self._vocab_size - 1))
         noise = gaussian(self._rows.keys_B, position_BN, embeds.shape[-1])
-        sigmas = self._denoiser.schedule.sigmas().to(embeds.device)
         # Clean nodes have no level; what they get here is not looked at.
-        left_BN = (len(sigmas) - 1 - num_fed_BN).clamp(min=0)
-        return self._denoiser(embeds, noise, sigmas[left_BN]).to(embeds.dtype)
+        left_BN = (len(self._sigmas) - 1 - num_fed_BN).clamp(min=0)
+        return self._denoiser(embeds, noise, self._sigmas[left_BN]).to(embeds.dtype)

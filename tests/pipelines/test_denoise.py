@@ -1,10 +1,13 @@
 """`jacobi-denoise`: noise in the window moves no token, and belongs to the model's folder."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from saved import save_janus
 
+from mmspec.assets import bundled_path
 from mmspec.denoiser import FILE_NAME, Denoiser, NoiseSchedule
 from mmspec.drafters.denoise import DenoiseDrafter
 from mmspec.pipelines import SpeculativeImagePipeline
@@ -183,3 +186,20 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / FILE_NAME).write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="holds no denoiser of mmspec"):
         Denoiser.load(tmp_path)
+
+
+def test_the_bundled_model_denoises_and_stays_a_plain_janus():
+    pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars-denoise")
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.model).__name__ == "JanusForConditionalGeneration"
+    options = {"window": 32, "guidance_scale": 1.0, "top_k": 20}
+    prompt = ["a pixel avatar with red hair"]
+    plain = make(pipe, prompt, decoder="sequential", **options | {"output_type": "np"})
+    ours = make(pipe, prompt, decoder="jacobi-denoise", **options)
+    assert torch.equal(ours.tokens, plain.tokens)
+    assert ours.stats.num_target_forwards < 256 / 2
+    # The codec came along unharmed: every pixel is a colour of the palette.
+    table = json.loads((bundled_path("avatars") / "palette.json").read_text())
+    colors = {tuple(bytes.fromhex(color)) for color in table["colors"]}
+    pixels = (plain.images[0] * 255).round().astype(int).reshape(-1, 3)
+    assert {tuple(pixel) for pixel in pixels.tolist()} <= colors

@@ -20,7 +20,7 @@ import torch
 from mmspec.assets.avatars.scoring import attribute_accuracy
 from mmspec.assets.forge.avatars.captions import BUNDLE, SETS
 from mmspec.denoiser import NoiseSchedule
-from mmspec.pipelines import ImageOutput, SpeculativeImagePipeline
+from mmspec.pipelines.image import ImageOutput, SpeculativeImagePipeline
 
 
 def numbers(text: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""Writes the fine-tuned avatar Janus to `assets/avatars_denoise/`: a plain model and its denoiser.
+"""Writes the fine-tuned avatar Janus to `assets/avatars-denoise/`: a plain model and its denoiser.
 
     python -m mmspec.assets.forge.avatars_denoise.export --work-dir build/avatars_denoise
 
@@ -18,7 +18,7 @@ from mmspec.assets.forge.avatars.export import save_model
 from mmspec.assets.forge.avatars.make_data import BUNDLE
 from mmspec.denoiser import Denoiser, NoiseSchedule
 
-OUT = BUNDLE.parent / "avatars_denoise"
+OUT = BUNDLE.parent / "avatars-denoise"
 #: The best of those that were measured; see the card.
 SCHEDULE = NoiseSchedule()
 
