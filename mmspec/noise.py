@@ -24,6 +24,7 @@ class Salt:
     RESIDUAL = 2
     DRAFT = 3
     BLOCK = 4
+    EMBED = 5
 
 
 def _signed(value: int, bits: int) -> int:
@@ -146,6 +147,25 @@ def gumbel(
     x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_MIX_B_32)
     x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
     return _unit_interval(x).neg_().log1p_().neg_().log_().neg_()
+
+
+def gaussian(
+    keys_B: Int[Tensor, "B"],
+    positions_BN: Int[Tensor, "B N"],
+    num_channels: int,
+    salt: int = Salt.EMBED,
+) -> Float[Tensor, "B N H"]:
+    """Counter-based standard normal noise, float32: one number per channel of a position.
+
+    Args:
+        keys_B: Row keys of `row_keys`.
+        positions_BN: Absolute positions.
+        num_channels: H.
+        salt: One of `Salt`.
+    """
+    exponential = gumbel(keys_B, positions_BN, num_channels, salt).neg_().exp_()
+    # The uniform behind the exponential: it reaches neither 0 nor 1, so every value is finite.
+    return torch.special.ndtri(exponential.neg_().expm1_().neg_())
 
 
 class NoiseWindow:

@@ -8,6 +8,7 @@ Shape suffixes, used in the whole core:
     N  nodes fed to the target in one forward, the root included
     M  longest path through a draft, the root included (a chain has M == N)
     V  vocabulary
+    H  channels of an embedding
     T  capacity of a row in tokens
 """
 
@@ -61,6 +62,9 @@ class Proposal:
         num_drafted: Real drafts per row, on the host (the drafter knows it without a read).
         num_levels: Deepest draft per row, on the host; equals ``num_drafted`` for chains.
         branching: Most children that any node has, on the host.
+        noisy_BNH: What to feed, instead of its token, where a node is not valid: embeddings that
+            stand for no token yet. A target that does not know them feeds the tokens; nothing
+            that is accepted depends on it.
     """
 
     tokens_BN: torch.Tensor
@@ -73,6 +77,7 @@ class Proposal:
     num_levels: tuple[int, ...]
     branching: int = 1
     draft_probs_BNV: torch.Tensor | None = None
+    noisy_BNH: torch.Tensor | None = None
 
     @property
     def width(self) -> int:

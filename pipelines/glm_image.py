@@ -22,7 +22,7 @@ from mmspec.forward import text_device
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
 from mmspec.pipelines.base import check_positive, check_window, mover
-from mmspec.pipelines.image import DECODERS, image_engine
+from mmspec.pipelines.image import DECODERS, DENOISE, image_engine
 from mmspec.records import Stats
 from mmspec.sampling import build_law
 
@@ -268,7 +268,8 @@ def _prior_settings(model: Any, options: Mapping[str, Any]) -> _Settings:
     for name in options:
         require_known("option", name, PriorOptions.__annotations__)
     decoder, window, compile = (options.get(name, value) for name, value in _DEFAULTS.items())
-    require_known("decoder", decoder, DECODERS)
+    # No pipeline of diffusers carries a denoiser.
+    require_known("decoder", decoder, [name for name in DECODERS if name != DENOISE])
     check_window(window)
     require(isinstance(compile, bool), "compile", "True or False", compile)
     law = _config_law(model.generation_config)

@@ -21,6 +21,7 @@ from mmspec.adapters.token_image import (
 )
 from mmspec.assets import bundled_path
 from mmspec.checks import require, require_known
+from mmspec.denoiser import FILE_NAME, Denoiser
 from mmspec.drafters import build_drafter
 from mmspec.drafters.jacobi import default_window
 from mmspec.engine import Engine
@@ -43,8 +44,15 @@ from mmspec.tree import BUCKETS
 from mmspec.verify import build_rule
 from mmspec.window_schedule import WindowSchedule, window_schedule
 
+DENOISE = "jacobi-denoise"
 #: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
-DECODERS = {"sequential": "exact", "exact": "exact", "coupled": "coupled", "sjd": "sjd"}
+DECODERS = {
+    "sequential": "exact",
+    "exact": "exact",
+    "coupled": "coupled",
+    "sjd": "sjd",
+    DENOISE: "exact",
+}
 ImageDecoder = Callable[[Tensor], Tensor]
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
@@ -75,6 +83,10 @@ class ImageOutput:
 class SpeculativeImagePipeline(SpeculativePipeline):
     """Autoregressive text-to-image models, several times faster for the same images.
 
+    Attributes:
+        denoiser: What a model that was trained on noisy embeddings has beside its weights, for
+            ``decoder="jacobi-denoise"``; None for other models.
+
     Example:
         >>> pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars")  # doctest: +SKIP
         >>> out = pipe("a pixel avatar with red hair", guidance_scale=3.0)  # doctest: +SKIP
@@ -82,11 +94,16 @@ class SpeculativeImagePipeline(SpeculativePipeline):
     """
 
     def __init__(
-        self, model: Any, processor: Any, image_decoder: ImageDecoder | None = None
+        self,
+        model: Any,
+        processor: Any,
+        image_decoder: ImageDecoder | None = None,
+        denoiser: Denoiser | None = None,
     ) -> None:
         """Wraps loaded objects; see `from_pretrained` and `from_model`."""
         super().__init__(model)
         self.processor = processor
+        self.denoiser = denoiser
         self._family = image_family(model)
         self._no_pixels = getattr(self._family, "no_pixels", None)
         if image_decoder is not None:
@@ -123,11 +140,16 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype or torch.float32, device_map=device_map, **kwargs
         )
-        return cls(model, _load_processor(path), image_decoder)
+        return cls(model, _load_processor(path), image_decoder, Denoiser.load(path))
 
     @classmethod
     def from_model(
-        cls, model: Any, processor: Any, *, image_decoder: ImageDecoder | None = None
+        cls,
+        model: Any,
+        processor: Any,
+        *,
+        image_decoder: ImageDecoder | None = None,
+        denoiser: Denoiser | None = None,
     ) -> "SpeculativeImagePipeline":
         """Uses objects that are loaded already.
 
@@ -137,16 +159,20 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             image_decoder: Makes pixels ``[B, 3, height, width]`` in [-1, 1] of codes ``[B, rows,
                 columns]``, as the decoder of a VQ model does; for families that have none in
                 transformers.
+            denoiser: For ``decoder="jacobi-denoise"``, of a model that was trained on noisy
+                embeddings.
 
         Raises:
             ValueError: If the model is of no known family, or has a pixel decoder of its own.
         """
-        return cls(model, processor, image_decoder)
+        return cls(model, processor, image_decoder, denoiser)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Saves the model and its processor as transformers does."""
+        """Saves the model and its processor as transformers does, and the denoiser beside them."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        if self.denoiser is not None:
+            self.denoiser.save(folder)
 
     @torch.no_grad()
     def __call__(
@@ -184,11 +210,12 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             num_images_per_prompt: Images of each prompt, next to each other in the output.
             generator: One for all images, or one per image. Image k of a list is the image that a
                 single call with that generator gives.
-            decoder: "exact" (same tokens as "sequential" with the same seed), "coupled" or "sjd"
-                (same law, other tokens), "sequential" (plain decoding).
+            decoder: "exact" (same tokens as "sequential" with the same seed), "jacobi-denoise"
+                (likewise, with noise in the window; for models fine-tuned for it), "coupled" or
+                "sjd" (same law, other tokens), "sequential" (plain decoding).
             window: Tokens per image and forward. None chooses it while running, by what widths
-                bring and cost ("exact" only, for it moves no token); by the grid and the batch
-                for the other decoders and with ``compile``.
+                bring and cost (exact decoders only, for it moves no token); by the grid and the
+                batch for the other decoders and with ``compile``.
             temperature: 0 is greedy.
             top_k: Keep the k most likely codes. transformers' own Janus keeps 50 unless told
                 otherwise; here nothing is cut unless asked.
@@ -207,6 +234,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         count = _count(num_images_per_prompt)
         pairs = [p for p in zip(texts, negatives, strict=True) for _ in range(count)]
         rule = _rule_of(decoder)
+        denoiser = self._denoiser_of(decoder)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         if self._no_pixels is not None and output_type != "tokens":
@@ -238,6 +266,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             negatives=negative_ids or None,
             keys_B=row_keys(generator, len(pairs)),
             device=self.device,
+            denoiser=denoiser,
             compile=compile,
         )
         preview = functools.partial(self._preview, rows, layout)
@@ -247,6 +276,21 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         with bar:
             result = engine.run(after_step)
         return self._output(result, layout, output_type)
+
+    def _denoiser_of(self, decoder: str) -> Denoiser | None:
+        """The denoiser that a decoder needs; None for decoders that need none.
+
+        Raises:
+            ValueError: If the model has none.
+        """
+        if decoder != DENOISE:
+            return None
+        if self.denoiser is None:
+            raise ValueError(
+                f"decoder={decoder!r} needs a model that was fine-tuned on noisy embeddings, with "
+                f"{FILE_NAME} in its folder; this one has none"
+            )
+        return self.denoiser.to(self.device)
 
     def _prompt_ids(self, text: str) -> list[int]:
         """Token ids of a prompt for an image of the family's own size."""
@@ -348,6 +392,7 @@ def image_engine(
     keys_B: Tensor,
     device: torch.device,
     negatives: Sequence[Sequence[int]] | None = None,
+    denoiser: Denoiser | None = None,
     compile: bool = False,
 ) -> tuple[Engine, TokenRows]:
     """Wires the engine that writes one image per prompt; runs nothing.
@@ -364,6 +409,7 @@ def image_engine(
         keys_B: Noise keys, one per image.
         device: Where the model takes its input.
         negatives: As in `TokenImageTarget`.
+        denoiser: Makes new positions of the window noisy; None leaves them clean.
         compile: Compile the model's forward.
 
     Raises:
@@ -380,7 +426,8 @@ def image_engine(
         window = default_window(layout.num_tokens, len(prompts))
     schedule: WindowSchedule | FixedSchedule
     if window is None:
-        kind = (guidance_scale, law.is_greedy, family.backbone.dtype, str(device))
+        noise = None if denoiser is None else denoiser.schedule
+        kind = (guidance_scale, law.is_greedy, family.backbone.dtype, str(device), noise)
         schedule = window_schedule(family.backbone, kind, rows)
     else:
         schedule = FixedSchedule(window, lambda: rows.max_remaining)
@@ -392,8 +439,11 @@ def image_engine(
         place=layout.place,
         compile=compile,
     )
+    spec: dict[str, Any] = {"name": "jacobi", "stride": layout.stride}
+    if denoiser is not None:
+        spec |= {"name": "denoise", "denoiser": denoiser, "embed": family.embed_image}
     drafter = build_drafter(
-        "none" if window == 1 else {"name": "jacobi", "stride": layout.stride},
+        "none" if window == 1 else spec,
         target=target,
         rows=rows,
         law=law,

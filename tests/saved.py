@@ -47,7 +47,7 @@ def save_llama(folder):
     return str(folder)
 
 
-def save_janus(folder, *, num_codes=40):
+def save_janus(folder, *, num_codes=40, side=4):
     torch.manual_seed(0)
     model = JanusForConditionalGeneration(
         JanusConfig(
@@ -66,10 +66,10 @@ def save_janus(folder, *, num_codes=40):
                 "hidden_size": 32,
                 "num_hidden_layers": 1,
                 "num_attention_heads": 4,
-                "image_size": 16,
+                "image_size": 4 * side,
                 "patch_size": 4,
                 "projection_dim": 32,
-                "num_image_tokens": 16,
+                "num_image_tokens": side**2,
                 "mlp_ratio": 2,
             },
             vq_config={
@@ -80,7 +80,7 @@ def save_janus(folder, *, num_codes=40):
                 "channel_multiplier": [1, 1],
                 "num_res_blocks": 1,
                 "projection_dim": 32,
-                "num_patches": 4,
+                "num_patches": side,
                 "hidden_size": 32,
                 "image_token_embed_dim": 32,
             },

@@ -331,7 +331,7 @@ class TokenImageTarget:
         first, self._first_logits = self._first_logits, None
         if first is not None and proposal.width == 1:
             return Scores(logits_BNV=first, positions_BN=positions_BN, forward_time_s=0.0)
-        embeds = self._guidance.twice(self._embed(proposal.tokens_BN))
+        embeds = self._guidance.twice(self._embed(proposal))
         started = time.perf_counter()
         output = self.forward.run(
             {"inputs_embeds": embeds}, **self._guidance.run_arguments(proposal, positions_BN)
@@ -353,10 +353,13 @@ class TokenImageTarget:
         """One law per image, ``[B, N, V]``, from the logits of both halves."""
         return self._guidance.mixed(as_law_dtype(logits).to(self.rows.lengths_B.device))
 
-    def _embed(self, tokens_BN: Tensor) -> Tensor:
-        """Roots of fresh rows are text, everything else is image."""
+    def _embed(self, proposal: Proposal) -> Tensor:
+        """Roots of fresh rows are text, everything else is image; drafts are always tokens."""
+        tokens_BN = proposal.tokens_BN
         codes = tokens_BN.clamp(max=self.vocab_size - 1)
         embeds = self._family.embed_image(codes)
+        if proposal.noisy_BNH is not None:
+            embeds = torch.where(proposal.valid_BN[..., None], embeds, proposal.noisy_BNH)
         is_fresh = [
             len(tokens) == prompt
             for tokens, prompt in zip(self.rows.host_tokens, self.rows.prompt_lengths, strict=True)

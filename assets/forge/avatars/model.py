@@ -4,6 +4,7 @@ All classes are transformers' own; only the sizes and the initial scale of a few
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -155,7 +156,10 @@ def make_model(vocab_size: int, num_codes: int) -> JanusForConditionalGeneration
 
 
 def image_logits(
-    model: JanusForConditionalGeneration, prompt_ids_BP: Tensor, codes_BN: Tensor
+    model: JanusForConditionalGeneration,
+    prompt_ids_BP: Tensor,
+    codes_BN: Tensor,
+    corrupt: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Predicts every image code from the prompt and the codes before it.
 
@@ -163,12 +167,15 @@ def image_logits(
         model: The Janus model.
         prompt_ids_BP: Token ids of equally long prompts, BOS first and BOI last.
         codes_BN: The image's codes in raster order.
+        corrupt: What to do to the embeddings of the codes before the model reads them.
 
     Returns:
         Logits (B, N, codebook size), the same numbers `generate` would sample from.
     """
     text = model.get_input_embeddings()(prompt_ids_BP)
     image = model.prepare_embeddings_for_image_generation(codes_BN[:, :-1])
+    if corrupt is not None:
+        image = corrupt(image)
     hidden = model.model.language_model(
         inputs_embeds=torch.cat([text, image], dim=1), use_cache=False
     ).last_hidden_state

@@ -198,8 +198,8 @@ class Trainer:
         arrays, train_samples, test_samples = load_data(args.work_dir)
         tokenizer = make_tokenizer()
         torch.manual_seed(args.seed)
-        self.model = make_model(len(tokenizer), len(arrays["palette"]))
-        self.optimizers = make_optimizers(self.model, args.optimizer, args.lr)
+        self.model = self.make_model(len(tokenizer), len(arrays["palette"]))
+        self.optimizers = self.make_optimizers()
         self.base_rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         if self.checkpoint.exists():
             self.load()
@@ -213,6 +213,14 @@ class Trainer:
         )
         self.held_batches = [next(held) for _ in range(4)]
         self.forward = torch.compile(image_logits, dynamic=True) if args.compile else image_logits
+
+    def make_model(self, vocab_size: int, num_codes: int) -> JanusForConditionalGeneration:
+        """The model before its first step."""
+        return make_model(vocab_size, num_codes)
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers, each with one group of parameters."""
+        return make_optimizers(self.model, self.args.optimizer, self.args.lr)
 
     def load(self) -> None:
         """Goes on where the last checkpoint was written."""
@@ -232,13 +240,8 @@ class Trainer:
 
     def train_step(self, factor: float) -> tuple[float, float]:
         """Does one step at this share of the learning rates; returns loss and gradient norm."""
-        prompts, codes = next(self.batches)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = self.forward(self.model, prompts, codes)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
-        loss = losses.mean()
-        weights = uncertainty_weights(logits).flatten()
-        ((losses * weights).sum() / weights.sum()).backward()
+        loss, objective = self.losses(*next(self.batches))
+        objective.backward()
         trained = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer, rate in zip(self.optimizers, self.base_rates, strict=True):
@@ -247,6 +250,14 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss.item(), norm.item()
+
+    def losses(self, prompts: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to log, in nats per code, and the one to descend."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = self.forward(self.model, prompts, codes)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
+        weights = uncertainty_weights(logits).flatten()
+        return losses.mean(), (losses * weights).sum() / weights.sum()
 
     def log_row(self, loss: float, norm: float, factor: float) -> None:
         """Appends one line to the training log; every tenth has the held-out loss, too."""
