@@ -18,11 +18,12 @@ from mmspec.adapters.token_image import (
     image_family,
 )
 from mmspec.assets import bundled_path
-from mmspec.checks import require, require_known
+from mmspec.checks import is_number, require, require_known
 from mmspec.drafters import build_drafter
 from mmspec.drafters.jacobi import default_window
 from mmspec.engine import Engine
 from mmspec.law_config import LawConfig
+from mmspec.lossy import GroupedAcceptance, OverlappingRows
 from mmspec.noise import row_keys
 from mmspec.pipelines.base import (
     SpeculativePipeline,
@@ -42,7 +43,16 @@ from mmspec.verify import build_rule
 from mmspec.window_schedule import WindowSchedule, window_schedule
 
 #: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
-DECODERS = {"sequential": "exact", "exact": "exact", "coupled": "coupled", "sjd": "sjd"}
+DECODERS = {
+    "sequential": "exact",
+    "exact": "exact",
+    "coupled": "coupled",
+    "sjd": "sjd",
+    "lossy-grouped": "lossy-grouped",
+    "lossy-rows": "lossy-rows",
+}
+#: Rules that change the law, with a ``lenience``; see `mmspec.lossy`.
+LOSSY = ("lossy-grouped", "lossy-rows")
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
 
@@ -134,6 +144,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decoder: str = "exact",
         window: int | None = None,
+        lenience: float | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -157,10 +168,15 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             generator: One for all images, or one per image. Image k of a list is the image that a
                 single call with that generator gives.
             decoder: "exact" (same tokens as "sequential" with the same seed), "coupled" or "sjd"
-                (same law, other tokens), "sequential" (plain decoding).
+                (same law, other tokens), "sequential" (plain decoding); "lossy-grouped" and
+                "lossy-rows" change the law for fewer forwards (docs/image_decoders.md).
             window: Tokens per image and forward. None chooses it while running, by what widths
                 bring and cost ("exact" only, for it moves no token); by the grid and the batch
                 for the other decoders and with ``compile``.
+            lenience: How far a lossy decoder may depart, from 0 (as "coupled" or "exact") to 1.
+                For "lossy-grouped" the radius of a cluster of codes that stand for each other, in
+                root mean square distances between two codes; for "lossy-rows" the share of the
+                row above that need not be settled. None is the rule's own (`mmspec.lossy`).
             temperature: 0 is greedy.
             top_k: Keep the k most likely codes. transformers' own Janus keeps 50 unless told
                 otherwise; here nothing is cut unless asked.
@@ -178,6 +194,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         count = _count(num_images_per_prompt)
         pairs = [p for p in zip(texts, negatives, strict=True) for _ in range(count)]
         rule = _rule_of(decoder)
+        check_lenience(lenience, rule)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         no_pixels = getattr(self._family, "no_pixels", None)
@@ -206,6 +223,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             rule=rule,
             law=build_law(config),
             window=1 if decoder == "sequential" else window,
+            lenience=lenience,
             guidance_scale=guidance_scale,
             negatives=negative_ids or None,
             keys_B=row_keys(generator, len(pairs)),
@@ -256,6 +274,7 @@ def image_engine(
     keys_B: Tensor,
     device: torch.device,
     negatives: Sequence[Sequence[int]] | None = None,
+    lenience: float | None = None,
     compile: bool = False,
 ) -> tuple[Engine, TokenRows]:
     """Wires the engine that writes one image per prompt; runs nothing.
@@ -264,7 +283,7 @@ def image_engine(
         family: The model.
         layout: How an image lies in the new tokens of a row.
         prompts: Token ids of each prompt.
-        rule: A name of `mmspec.verify.RULES`.
+        rule: A name of `mmspec.verify.RULES` or `LOSSY`.
         law: The law that tokens are drawn from.
         window: Tokens per image and forward; 1 is plain decoding, None chooses: while running
             for the exact rule, by the grid and the batch for others and for compiled forwards.
@@ -272,6 +291,7 @@ def image_engine(
         keys_B: Noise keys, one per image.
         device: Where the model takes its input.
         negatives: As in `TokenImageTarget`.
+        lenience: Of a lossy rule; None is its own.
         compile: Compile the model's forward.
 
     Raises:
@@ -306,9 +326,30 @@ def image_engine(
         rows=rows,
         law=law,
         max_width=BUCKETS[-1] if window is None else window,
-        shared_noise=rule == "exact",
+        shared_noise=rule in ("exact", "lossy-rows"),
     )
-    return Engine(target, drafter, build_rule(rule, law, rows), schedule), rows
+    made = _build_rule(rule, law, rows, family, layout, lenience)
+    return Engine(target, drafter, made, schedule), rows
+
+
+def _build_rule(
+    name: str,
+    law: Law,
+    rows: TokenRows,
+    family: ImageFamily,
+    layout: ImageLayout,
+    lenience: float | None,
+) -> Any:
+    """A rule by name; lossy ones are told what codes look like, or where they stand."""
+    options = {} if lenience is None else {"lenience": lenience}
+    if name == "lossy-grouped":
+        codes = torch.arange(family.codebook_size, device=rows.lengths_B.device)
+        codes_VH = family.embed_image(codes).detach().float()
+        return GroupedAcceptance(law, rows, codes_VH=codes_VH, **options)
+    if name == "lossy-rows":
+        first = int(layout.code_index[0])
+        return OverlappingRows(law=law, rows=rows, stride=layout.stride, first=first, **options)
+    return build_rule(name, law, rows)
 
 
 def _count(num_images_per_prompt: int) -> int:
@@ -329,6 +370,20 @@ def _negatives(negative_prompt: Any, num_prompts: int) -> list[str | None]:
     rule = f"None, a string, or a list of {num_prompts} strings, one per prompt"
     require(is_good, "negative_prompt", rule, negative_prompt)
     return list(negative_prompt)
+
+
+def check_lenience(lenience: Any, rule: str) -> None:
+    """Refuses a lenience out of its range, or for a rule that has none.
+
+    Raises:
+        ValueError: With the value.
+    """
+    if lenience is None:
+        return
+    if rule not in LOSSY:
+        raise ValueError(f"lenience is for {' and '.join(LOSSY)} only, got {lenience!r}")
+    is_good = is_number(lenience) and 0 <= lenience <= 1
+    require(is_good, "lenience", "None or a number between 0 and 1", lenience)
 
 
 def _rule_of(decoder: str) -> str:
