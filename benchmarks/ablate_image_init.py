@@ -7,21 +7,17 @@ float32, temperature 1, all images of a configuration in one batch, each with a 
 """
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from mmspec.adapters.token_image import TokenImageTarget, image_family
 from mmspec.bench.measure import Budget, Sample, csv, final_line, open_store, provenance
 from mmspec.bench.report import Output, publish, table
-from mmspec.bench.setups import image_rows, load_captions, load_image
-from mmspec.drafters.jacobi import INITS, JacobiDrafter
-from mmspec.engine import Engine
-from mmspec.law_config import LawConfig
-from mmspec.sampling import build_law
-from mmspec.schedule import FixedSchedule
+from mmspec.bench.setups import image_engine, load_captions, load_image
+from mmspec.drafters.jacobi import INITS
 from mmspec.verify import IndependentRedraft, MaximalCoupling, SeededMatch
 
 #: System -> rule, its options, options of the drafter. The noise is compared with the first init.
@@ -39,15 +35,18 @@ def forwards(
 ) -> list[int]:
     """Target forwards of each image."""
     rule, rule_options, options = SYSTEMS[system]
-    family, rows = image_family(pipe.model), image_rows(pipe, captions, seed)
-    law = build_law(LawConfig())
-    target = TokenImageTarget(family, rows, guidance_scale=guidance)
-    stride = family.layout(None, None).stride
-    options = {"stride": stride, "keep_laws": rule is not SeededMatch} | options
-    drafter = JacobiDrafter(rows, target.vocab_size, max_width=window, **options)
-    schedule = FixedSchedule(window, lambda: rows.max_remaining)
-    made = Engine(target, drafter, rule(law, rows, **rule_options), schedule).run()
-    return [row.num_target_forwards for row in made.row_stats]
+    engine = image_engine(
+        pipe,
+        captions,
+        width=window,
+        guidance=guidance,
+        temperature=1.0,
+        seed=seed,
+        rule=partial(rule, **rule_options),
+        keep_laws=rule is not SeededMatch,
+        **options,
+    )
+    return [row.num_target_forwards for row in engine.run().row_stats]
 
 
 def main(

@@ -5,7 +5,7 @@ relaxed, ``lenience`` in [0, 1]; at 0 it is that rule. docs/image_decoders.md me
 cost and bring. Shape suffixes as in `mmspec.records`; C counts the codes of a cluster, G grid rows.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -130,7 +130,7 @@ class OverlappingRows:
             round((1 - self.lenience) * self.stride),
         )
         choices_BN = torch.where(stands, child_BN, drawn_BN)
-        return replace(walked(proposal, choices_BN, law_logits), settled_BN=ready | stands)
+        return walked(proposal, choices_BN, law_logits, ready | stands)
 
 
 def settled_in_rows(
@@ -155,10 +155,10 @@ def settled_in_rows(
     column = torch.arange(num_lines * stride, device=begin_B.device)
     grid = (column < begin_B[:, None] % stride).scatter(1, place_BN, holds_BN)
     run_BG = grid.view(num_rows, num_lines, stride).long().cumprod(-1).sum(-1)
-    line = torch.arange(num_lines, device=begin_B.device)
-    endless = num_lines * stride + line * lookahead + stride
-    reach_BG = torch.where(run_BG == stride, endless, run_BG + line * lookahead).cummin(1).values
-    above_BG = torch.nn.functional.pad(reach_BG[:, :-1], (1, 0), value=int(endless[-1]))
-    ready_BG = torch.minimum(run_BG + 1, above_BG - line * lookahead)
+    behind = torch.arange(num_lines, device=begin_B.device) * lookahead
+    no_limit = num_lines * (stride + lookahead) + stride
+    reach_BG = torch.where(run_BG == stride, no_limit, run_BG + behind).cummin(1).values
+    above_BG = torch.nn.functional.pad(reach_BG[:, :-1], (1, 0), value=no_limit)
+    ready_BG = torch.minimum(run_BG + 1, above_BG - behind)
     is_ready = (column % stride) < ready_BG.repeat_interleave(stride, dim=1)
     return is_ready.gather(1, place_BN) & (begin_B >= 0)[:, None]

@@ -354,7 +354,9 @@ def block_choices(
     return emitted, num_accepted_B
 
 
-def walked(proposal: Proposal, choices_BN: Tensor, law_logits: Tensor) -> Verdict:
+def walked(
+    proposal: Proposal, choices_BN: Tensor, law_logits: Tensor, settled_BN: Tensor | None = None
+) -> Verdict:
     """The verdict of a rule that chose these tokens: drafts are accepted while they equal them."""
     path_BM, num_accepted_B = tree.walk(proposal, choices_BN)
     return Verdict(
@@ -363,4 +365,5 @@ def walked(proposal: Proposal, choices_BN: Tensor, law_logits: Tensor) -> Verdic
         emitted_BM=choices_BN.gather(1, path_BM),
         num_accepted_B=num_accepted_B,
         law_logits_BNV=law_logits,
+        settled_BN=settled_BN,
     )
