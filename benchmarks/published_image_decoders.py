@@ -66,7 +66,9 @@ SYSTEMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "SJD++, reuse above 0.5": (published.ThresholdReuse, JacobiDrafter, FRESH),
     "GSD, lenience 0.5 (lossy-grouped)": (partial(grouped, lenience=0.5), JacobiDrafter, FRESH),
     "GSD, lenience 1 (lossy-grouped)": (partial(grouped, lenience=1.0), JacobiDrafter, FRESH),
-    "rows, lenience 0.5 (lossy-rows)": (partial(overlapping, lenience=0.5), JacobiDrafter, SEEDED),
+    "rows, lenience 0.75 (lossy-rows)": (
+        partial(overlapping, lenience=0.75), JacobiDrafter, SEEDED,
+    ),
     "rows, lenience 1 (lossy-rows)": (partial(overlapping, lenience=1.0), JacobiDrafter, SEEDED),
 }  # fmt: skip
 

@@ -101,7 +101,7 @@ class OverlappingRows:
     rows: TokenRows
     stride: int
     first: int = 0
-    lenience: float = 0.5
+    lenience: float = 0.75
     guarantee: Guarantee = Guarantee.LOSSY
 
     def verify(self, proposal: Proposal, scores: Scores) -> Verdict:
