@@ -51,13 +51,8 @@ class GroupedAcceptance(MaximalCoupling):
         # Not super(): a dataclass with slots is another class than the one its methods know.
         tests = MaximalCoupling.tests(self, target_probs, draft_probs, tokens_BNK, next_BN)
         member_BNKC, is_near = self._clusters(target_probs, tokens_BNK)
-
-        def ratio(probs: Tensor) -> Tensor:
-            """Mass of the cluster over that of the draft."""
-            mass = probs.gather(2, member_BNKC.flatten(2)).view_as(member_BNKC) * is_near
-            return mass.sum(-1) / probs.gather(2, tokens_BNK).clamp(min=_TINY)
-
-        lenient = tests * ratio(draft_probs) / ratio(target_probs)
+        drafted = _mass_ratio(draft_probs, tokens_BNK, member_BNKC, is_near)
+        lenient = tests * drafted / _mass_ratio(target_probs, tokens_BNK, member_BNKC, is_near)
         return torch.where(is_near.sum(-1) > 1, lenient, tests)
 
     def _clusters(self, target_probs: Tensor, tokens_BNK: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,6 +126,12 @@ class OverlappingRows:
         )
         choices_BN = torch.where(stands, child_BN, drawn_BN)
         return walked(proposal, choices_BN, law_logits, ready | stands)
+
+
+def _mass_ratio(probs: Tensor, tokens_BNK: Tensor, member_BNKC: Tensor, is_near: Tensor) -> Tensor:
+    """Mass of each draft's cluster over that of the draft."""
+    mass = probs.gather(2, member_BNKC.flatten(2)).view_as(member_BNKC) * is_near
+    return mass.sum(-1) / probs.gather(2, tokens_BNK).clamp(min=_TINY)
 
 
 def settled_in_rows(
