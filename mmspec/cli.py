@@ -247,7 +247,10 @@ def image(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     decoder: Annotated[
         str,
-        typer.Option(help="exact; coupled or sjd (same law, other images); sequential (plain)."),
+        typer.Option(
+            help="exact; coupled or sjd (same law, other images); sequential (plain); "
+            "lossy-grouped or lossy-rows (another law)."
+        ),
     ] = "exact",
     window: Annotated[
         int | None, typer.Option(min=1, help="Codes per forward; left out, chosen as it runs.")
@@ -274,7 +277,8 @@ def image(
     """Draw a prompt, or a file of prompts, with an autoregressive image model.
 
     The images are those of plain decoding with the same seeds; --decoder and --window change how
-    fast they come (but for `coupled` and `sjd`, which keep the law and not the seed's image).
+    fast they come (but for `coupled` and `sjd`, which keep the law and not the seed's image, and
+    the lossy decoders, which keep neither).
     """
     if show is not None:
         with one_line_reasons(debug):

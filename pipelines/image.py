@@ -13,18 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mmspec.adapters.causal_lm import check_fits
-from mmspec.adapters.token_image import (
-    ImageFamily,
-    ImageLayout,
-    TokenImageTarget,
-    image_family,
-)
+from mmspec.adapters.token_image import ImageLayout, image_family
 from mmspec.assets import bundled_path
 from mmspec.checks import require, require_known
 from mmspec.denoiser import FILE_NAME, Denoiser
-from mmspec.drafters import build_drafter
-from mmspec.drafters.jacobi import default_window
-from mmspec.engine import Engine
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
 from mmspec.pipelines.base import (
@@ -36,23 +28,11 @@ from mmspec.pipelines.base import (
     check_positive,
     check_window,
 )
+from mmspec.pipelines.image_decoders import DECODERS, DENOISE, check_lenience, image_engine
 from mmspec.records import Generation, Stats
 from mmspec.rows import TokenRows
-from mmspec.sampling import Law, build_law
-from mmspec.schedule import FixedSchedule
-from mmspec.tree import BUCKETS
-from mmspec.verify import build_rule
-from mmspec.window_schedule import WindowSchedule, window_schedule
+from mmspec.sampling import build_law
 
-DENOISE = "jacobi-denoise"
-#: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
-DECODERS = {
-    "sequential": "exact",
-    "exact": "exact",
-    "coupled": "coupled",
-    "sjd": "sjd",
-    DENOISE: "exact",
-}
 ImageDecoder = Callable[[Tensor], Tensor]
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
@@ -187,6 +167,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decoder: str = "exact",
         window: int | None = None,
+        lenience: float | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -212,10 +193,15 @@ class SpeculativeImagePipeline(SpeculativePipeline):
                 single call with that generator gives.
             decoder: "exact" (same tokens as "sequential" with the same seed), "jacobi-denoise"
                 (likewise, with noise in the window; for models fine-tuned for it), "coupled" or
-                "sjd" (same law, other tokens), "sequential" (plain decoding).
+                "sjd" (same law, other tokens), "sequential" (plain decoding); "lossy-grouped" and
+                "lossy-rows" change the law for fewer forwards (docs/image_decoders.md).
             window: Tokens per image and forward. None chooses it while running, by what widths
                 bring and cost (exact decoders only, for it moves no token); by the grid and the
                 batch for the other decoders and with ``compile``.
+            lenience: How far a lossy decoder may depart, from 0 (as "coupled" or "exact") to 1.
+                For "lossy-grouped" the radius of a cluster of codes that stand for each other, in
+                root mean square distances between two codes; for "lossy-rows" the share of the
+                row above that need not be settled. None is the rule's own (`mmspec.lossy`).
             temperature: 0 is greedy.
             top_k: Keep the k most likely codes. transformers' own Janus keeps 50 unless told
                 otherwise; here nothing is cut unless asked.
@@ -235,6 +221,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         pairs = [p for p in zip(texts, negatives, strict=True) for _ in range(count)]
         rule = _rule_of(decoder)
         denoiser = self._denoiser_of(decoder)
+        check_lenience(lenience, rule)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         if self._no_pixels is not None and output_type != "tokens":
@@ -262,6 +249,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             rule=rule,
             law=build_law(config),
             window=1 if decoder == "sequential" else window,
+            lenience=lenience,
             guidance_scale=guidance_scale,
             negatives=negative_ids or None,
             keys_B=row_keys(generator, len(pairs)),
@@ -378,79 +366,6 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             row_stats=result.row_stats,
             interrupted=result.interrupted,
         )
-
-
-def image_engine(
-    family: ImageFamily,
-    layout: ImageLayout,
-    prompts: Sequence[Sequence[int]],
-    *,
-    rule: str,
-    law: Law,
-    window: int | None,
-    guidance_scale: float,
-    keys_B: Tensor,
-    device: torch.device,
-    negatives: Sequence[Sequence[int]] | None = None,
-    denoiser: Denoiser | None = None,
-    compile: bool = False,
-) -> tuple[Engine, TokenRows]:
-    """Wires the engine that writes one image per prompt; runs nothing.
-
-    Args:
-        family: The model.
-        layout: How an image lies in the new tokens of a row.
-        prompts: Token ids of each prompt.
-        rule: A name of `mmspec.verify.RULES`.
-        law: The law that tokens are drawn from.
-        window: Tokens per image and forward; 1 is plain decoding, None chooses: while running
-            for the exact rule, by the grid and the batch for others and for compiled forwards.
-        guidance_scale: As in `TokenImageTarget`.
-        keys_B: Noise keys, one per image.
-        device: Where the model takes its input.
-        negatives: As in `TokenImageTarget`.
-        denoiser: Makes new positions of the window noisy; None leaves them clean.
-        compile: Compile the model's forward.
-
-    Raises:
-        ValueError: If a row does not fit the model's context.
-    """
-    rows = TokenRows(
-        prompts,
-        max_new_tokens=[layout.num_tokens] * len(prompts),
-        keys_B=keys_B,
-        device=device,
-    )
-    # Other rules would follow the clock with their tokens, and a compiled forward compile anew.
-    if window is None and (rule != "exact" or compile):
-        window = default_window(layout.num_tokens, len(prompts))
-    schedule: WindowSchedule | FixedSchedule
-    if window is None:
-        noise = None if denoiser is None else denoiser.schedule
-        kind = (guidance_scale, law.is_greedy, family.backbone.dtype, str(device), noise)
-        schedule = window_schedule(family.backbone, kind, rows)
-    else:
-        schedule = FixedSchedule(window, lambda: rows.max_remaining)
-    target = TokenImageTarget(
-        family,
-        rows,
-        guidance_scale=guidance_scale,
-        negatives=negatives,
-        place=layout.place,
-        compile=compile,
-    )
-    spec: dict[str, Any] = {"name": "jacobi", "stride": layout.stride}
-    if denoiser is not None:
-        spec |= {"name": "denoise", "denoiser": denoiser, "embed": family.embed_image}
-    drafter = build_drafter(
-        "none" if window == 1 else spec,
-        target=target,
-        rows=rows,
-        law=law,
-        max_width=BUCKETS[-1] if window is None else window,
-        shared_noise=rule == "exact",
-    )
-    return Engine(target, drafter, build_rule(rule, law, rows), schedule), rows
 
 
 def _codes(units: Sequence[Sequence[int]], layout: ImageLayout) -> Tensor:

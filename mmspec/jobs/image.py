@@ -23,7 +23,7 @@ from mmspec.pictures import (
     step_map,
     upscale,
 )
-from mmspec.pipelines.image import DECODERS
+from mmspec.pipelines.image_decoders import DECODERS
 from mmspec.records import Stats
 
 PACKAGES = ("mmspec", "torch", "transformers")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from mmspec.pipelines import SpeculativeImagePipeline
+from mmspec.pipelines.image_decoders import DECODERS
 from mmspec.window_schedule import _MEMORIES
 
 BOS, PAD, BOI = 1, 0, 2
@@ -142,12 +143,21 @@ def test_images_that_are_complete_are_not_fed(pipe, model, guidance, decoder):
         assert torch.equal(batch[row], tokens(pipe, prompt, generator=seeds(row), **options)[0])
 
 
-@pytest.mark.parametrize("decoder", ["sequential", "exact", "coupled", "sjd"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_row_of_a_batch_is_its_single_run(pipe, decoder):
     batch = tokens(pipe, decoder=decoder, window=8)
     for row, prompt in enumerate(PROMPTS):
         single = tokens(pipe, prompt, decoder=decoder, window=8, generator=seeds(row))
         assert torch.equal(batch[row], single[0])
+
+
+@pytest.mark.parametrize(
+    ("lossy", "lossless"), [("lossy-grouped", "coupled"), ("lossy-rows", "exact")]
+)
+def test_lenience_zero_is_the_lossless_decoder(pipe, lossy, lossless):
+    wanted = tokens(pipe, decoder=lossless, window=16)
+    assert torch.equal(tokens(pipe, decoder=lossy, window=16, lenience=0), wanted)
+    assert not torch.equal(tokens(pipe, decoder=lossy, window=16, lenience=1), wanted)
 
 
 def test_image_of_a_prompt_is_its_single_run(pipe):
@@ -192,7 +202,7 @@ def test_output_types_and_step_maps(pipe):
 @pytest.mark.parametrize(
     ("decoder", "guarantee"),
     [("sequential", "exact"), ("exact", "exact"), ("coupled", "distribution"),
-     ("sjd", "distribution")],
+     ("sjd", "distribution"), ("lossy-grouped", "lossy"), ("lossy-rows", "lossy")],
 )  # fmt: skip
 def test_guarantee_is_named(pipe, decoder, guarantee):
     assert pipe("a", decoder=decoder, output_type="tokens").stats.guarantee == guarantee
@@ -237,6 +247,9 @@ def test_saved_and_loaded_is_the_same(pipe, tmp_path):
         ({"decoder": "magic"}, "unknown decoder 'magic'; known: sequential, exact"),
         ({"window": 0}, "window must be None or between 1 and 128, got 0"),
         ({"window": 129}, "got 129"),
+        ({"lenience": 0.5}, "lenience is for lossy-grouped and lossy-rows only, got 0.5"),
+        ({"lenience": 1.5, "decoder": "lossy-rows"}, "a number between 0 and 1, got 1.5"),
+        ({"lenience": True, "decoder": "lossy-grouped"}, "between 0 and 1, got True"),
         ({"window": "8"}, "got '8'"),
         ({"window": True}, "got True"),
         ({"top_p": "a"}, "top_p must be"),
