@@ -47,9 +47,9 @@ DENOISE = "jacobi-denoise"
 DECODERS = {
     "sequential": "exact",
     "exact": "exact",
-    DENOISE: "exact",
     "coupled": "coupled",
     "sjd": "sjd",
+    DENOISE: "exact",
 }
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
