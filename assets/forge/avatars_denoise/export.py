@@ -21,7 +21,7 @@ from mmspec.assets.forge.avatars.model import make_model, make_tokenizer
 from mmspec.denoiser import FILE_NAME, Denoiser, NoiseSchedule
 
 OUT = BUNDLE.parent / "avatars-denoise"
-#: The best of those that were tried on the development captions; see the card.
+#: Measured beside others in the card.
 SCHEDULE = NoiseSchedule(num_steps=1, num_clean=16)
 
 
