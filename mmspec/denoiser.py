@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils import cached_file
 
 from mmspec.checks import is_integer, is_number, require
 
@@ -44,7 +45,7 @@ class NoiseSchedule:
         ValueError: If one is out of its range.
     """
 
-    num_steps: int = 4
+    num_steps: int = 1
     num_clean: int = 0
     sigma_max: float = 80.0
     sigma_min: float = 1.0
@@ -131,12 +132,7 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: If the file is there and is not one of these.
         """
-        found = cached_file(
-            id_or_path,
-            FILE_NAME,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        found = _found(id_or_path)
         if found is None:
             return None
         try:
@@ -149,6 +145,16 @@ class Denoiser(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{found} holds no denoiser of mmspec: {error}") from error
         return denoiser.eval()
+
+
+def _found(id_or_path: str | Path) -> Path | None:
+    if Path(id_or_path).is_dir():
+        path = Path(id_or_path) / FILE_NAME
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(id_or_path), FILE_NAME))
+    except EntryNotFoundError:  # also without a network, where the repository is cached
+        return None
 
 
 def level_features(sigma: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ knows how little a guess is worth, where a clean wrong token would mislead what 
 
 Only clean guesses are drafts. The first noisy node ends the drafts of its row, so nothing that saw
 noise can be accepted, whatever the noise and the schedule are: the output is that of plain
-decoding. Source: SJD2 (arXiv 2510.08994), whose rule accepts noisy positions as well.
+decoding. Source: SJD2 (arXiv 2510.08994), with two differences: its rule accepts noisy positions as
+well, and it carries the noisy state of a position on from forward to forward, where here the noise
+of a position is drawn once and the guess under it replaced.
 """
 
 from collections.abc import Callable

@@ -30,7 +30,7 @@ def pipe(folder) -> SpeculativeImagePipeline:
 
 def random_denoiser(seed=0) -> Denoiser:
     torch.manual_seed(seed)
-    denoiser = Denoiser(32)
+    denoiser = Denoiser(32, NoiseSchedule(num_steps=3))
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter)
     denoiser.measure(torch.randn(40, 32))

@@ -217,6 +217,7 @@ def test_generation_config_without_a_law_is_refused():
     ("options", "message"),
     [
         ({"decoder": "magic"}, "unknown decoder 'magic'"),
+        ({"decoder": "jacobi-denoise"}, "unknown decoder 'jacobi-denoise'"),
         ({"window": 0}, "window must be None or between 1 and 128, got 0"),
         ({"temperature": -1.0}, "temperature must be a number >= 0"),
         ({"top_p": 1.5}, "top_p must be"),
