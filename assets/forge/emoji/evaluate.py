@@ -20,11 +20,11 @@ from transformers import JanusForConditionalGeneration
 from mmspec.assets.forge.avatars.model import PAD_ID, image_logits
 from mmspec.pipelines.image import SpeculativeImagePipeline
 
-from .codec import psnr
 from .export import BUNDLE
 from .icons import full_caption, name_hash
 from .make_data import nearest_rmse
 from .train import load_icons
+from .train_codec import psnr
 
 GUIDANCE = 3.0
 WINDOW = 32
@@ -34,6 +34,11 @@ Row = dict[str, str]
 def to_bytes(pixels: torch.Tensor) -> np.ndarray:
     """Turns [0, 1] into uint8."""
     return (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def pixels_of(model: JanusForConditionalGeneration, codes: torch.Tensor) -> torch.Tensor:
+    """Returns the pictures of codes in [0, 1], float32 (N, 64, 64, 3)."""
+    return model.decode_image_tokens(codes).float() * 0.5 + 0.5
 
 
 @torch.inference_mode()
@@ -54,7 +59,7 @@ def nll(pipe: SpeculativeImagePipeline, rows: list[Row], codes: np.ndarray, word
 def decode(model: JanusForConditionalGeneration, codes: np.ndarray) -> np.ndarray:
     """Returns the pictures of codes, uint8 (N, 64, 64, 3)."""
     parts = [
-        to_bytes(model.decode_image_tokens(torch.from_numpy(part.astype(np.int64))) * 0.5 + 0.5)
+        to_bytes(pixels_of(model, torch.from_numpy(part.astype(np.int64))))
         for part in np.array_split(codes, max(1, len(codes) // 32))
     ]
     return np.concatenate(parts)
@@ -99,10 +104,13 @@ def sheet(rows: list[list[np.ndarray]], path: Path) -> None:
     Image.fromarray(grid).save(path)
 
 
-def judge(
-    pipe: SpeculativeImagePipeline, work_dir: Path, num_pictures: int, num_scored: int
-) -> dict[str, Any]:
-    """Computes everything; see the module."""
+def judge(model: Path, work_dir: Path, num_pictures: int, num_scored: int) -> dict[str, Any]:
+    """Computes everything, the pictures in bfloat16 and the rest in float32; see the module."""
+    scorer, pipe = (
+        SpeculativeImagePipeline.from_pretrained(model, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    pipe.set_progress_bar_config(disable=True)
     icons = load_icons(work_dir)
     with np.load(work_dir / "codes.npz") as file:
         codes = {name: file[name] for name in file.files}
@@ -118,9 +126,9 @@ def judge(
         chosen = order[part][:num_scored]
         rows = [icons[part][i] for i in chosen]
         report[part] = {
-            "nll_nats_per_code": nll(pipe, rows, codes[part][chosen], True),
-            "nll_without_caption": nll(pipe, rows, codes[part][chosen], False),
-            "psnr_db": round(psnr(pipe.model.model.vqmodel, originals[part][chosen]), 3),
+            "nll_nats_per_code": nll(scorer, rows, codes[part][chosen], True),
+            "nll_without_caption": nll(scorer, rows, codes[part][chosen], False),
+            "psnr_db": round(psnr(scorer.model.model.vqmodel, originals[part][chosen]), 3),
         }
     real = order["names"][:num_pictures]
     report["nearest_training_icon"] = {
@@ -147,11 +155,9 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=BUNDLE)
     parser.add_argument("--num-pictures", type=int, default=100)
-    parser.add_argument("--num-scored", type=int, default=200)
+    parser.add_argument("--num-scored", type=int, default=100)
     args = parser.parse_args()
-    pipe = SpeculativeImagePipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
-    report = judge(pipe, args.work_dir, args.num_pictures, args.num_scored)
+    report = judge(args.model, args.work_dir, args.num_pictures, args.num_scored)
     (args.work_dir / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

@@ -2,8 +2,8 @@
 
     python -m mmspec.assets.forge.emoji.export --work-dir build/emoji
 
-Puts together the weights of `train`, the codec of `codec`, the tokenizer, the processor and the
-generation defaults, and the lists of names. May be run while the training goes on.
+Puts together the weights of `train`, the codec of `train_codec`, the tokenizer, the processor, the
+generation defaults and the lists of names. May be run while the training goes on.
 """
 
 import argparse

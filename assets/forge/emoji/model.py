@@ -3,13 +3,19 @@
 import re
 from collections.abc import Iterable
 
-from transformers import JanusForConditionalGeneration, JanusVQVAEConfig, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    JanusForConditionalGeneration,
+    JanusVQVAE,
+    JanusVQVAEConfig,
+    PreTrainedTokenizerFast,
+)
 
 from mmspec.assets.forge.avatars.model import GRID, WIDTH, make_config, make_tokenizer, model_of
 
 from .icons import SIZE, STYLE_WORDS
 
-NUM_CODES = 512
+NUM_CODES = 1024
 NUM_LAYERS = 4
 
 
@@ -26,6 +32,21 @@ def make_codec_config() -> JanusVQVAEConfig:
         projection_dim=WIDTH,
         image_token_embed_dim=WIDTH,
     )
+
+
+def make_codec() -> JanusVQVAE:
+    """Makes a codec with fresh weights (seed torch before).
+
+    transformers' 0.02 everywhere leaves a tenth of the picture after the first convolution. The
+    blocks normalise each channel, so that absolute colour has no other way than past them.
+    """
+    codec = JanusVQVAE(make_codec_config())
+    for name, module in codec.named_modules():
+        if isinstance(module, nn.Conv2d):
+            is_branch_end = name.endswith(("conv2", "proj_out"))
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=(0.3 if is_branch_end else 1.0) * fan_in**-0.5)
+    return codec
 
 
 def make_emoji_tokenizer(rows: Iterable[dict[str, str]]) -> PreTrainedTokenizerFast:

@@ -1,6 +1,6 @@
 """Trains the picture codec: 64x64 pixels to 16x16 codes of 512 and back, `JanusVQVAE` itself.
 
-    python -m mmspec.assets.forge.emoji.codec --work-dir build/emoji --minutes 16
+    python -m mmspec.assets.forge.emoji.train_codec --work-dir build/emoji --minutes 16
 
 Then writes the codes of all pictures, mirrored and shifted ones included, to `codes.npz`.
 
@@ -25,11 +25,11 @@ from transformers import JanusVQVAE
 from mmspec.assets.forge.avatars.train import cut_log
 
 from .icons import may_flip
-from .model import make_codec_config
+from .model import make_codec
 
 BATCH_SIZE = 8
-LEARNING_RATE = 1e-3
-FREE_STEPS = 200  # without quantisation
+LEARNING_RATE = 2e-3
+FREE_STEPS = 100  # without quantisation
 MEAN_DECAY = 0.98
 RESTART_EVERY = 25
 DEAD_BELOW = 0.05  # uses per step
@@ -99,9 +99,13 @@ class Codebook:
 
 
 def reconstruction_loss(made: Tensor, pixels: Tensor) -> Tensor:
-    """Squared and absolute error, and the absolute error of differences between neighbours."""
+    """Squared and absolute error; absolute error of neighbours' differences and of patch means.
+
+    The last is for colour: without it, hues were drawn into one another.
+    """
+    patches = F.avg_pool2d(made - pixels, 4).abs().mean()
     edges = sum((made.diff(dim=axis) - pixels.diff(dim=axis)).abs().mean() for axis in (2, 3))
-    return F.mse_loss(made, pixels) + 0.5 * F.l1_loss(made, pixels) + 0.5 * edges
+    return F.mse_loss(made, pixels) + 0.5 * F.l1_loss(made, pixels) + 0.5 * edges + patches
 
 
 @torch.no_grad()
@@ -133,7 +137,7 @@ class CodecTrainer:
             self.pictures, self.held = file["train"], file["names"]
         torch.manual_seed(seed)
         self.rng = np.random.default_rng(seed)
-        self.codec = JanusVQVAE(make_codec_config())
+        self.codec = make_codec()
         self.step, self.spent_s = 0, 0.0
         self.optimizer = torch.optim.AdamW(
             (p for name, p in self.codec.named_parameters() if "embedding" not in name),
