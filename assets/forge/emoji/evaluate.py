@@ -98,10 +98,12 @@ def nearness(pictures: np.ndarray, codes: np.ndarray, known: dict[str, np.ndarra
     }
 
 
-def sheet(rows: list[list[np.ndarray]], path: Path) -> None:
-    """Saves rows of pictures as one."""
-    grid = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-    Image.fromarray(grid).save(path)
+def save_sheet(sides: tuple[np.ndarray, ...], path: Path, columns: int = 20) -> None:
+    """Saves pictures in bands of one line per side: what was drawn above what it is compared to."""
+    columns = min(columns, len(sides[0]))
+    starts = range(0, len(sides[0]) - columns + 1, columns)
+    lines = [np.concatenate(list(side[k : k + columns]), axis=1) for k in starts for side in sides]
+    Image.fromarray(np.concatenate(lines)).save(path)
 
 
 def judge(model: Path, work_dir: Path, num_pictures: int, num_scored: int) -> dict[str, Any]:
@@ -143,9 +145,7 @@ def judge(model: Path, work_dir: Path, num_pictures: int, num_scored: int) -> di
         report["nearest_training_icon"][f"drawn for {part}"] = nearness(pictures, made, known)
         target = decode(pipe.model, codes[part][chosen])
         nearest = known["pictures"][nearest_rmse(pictures, known["pictures"])[1]]
-        columns = [list(side[:60]) for side in (pictures, target, nearest)]
-        lines = [side[k : k + 20] for k in (0, 20, 40) for side in columns]
-        sheet(lines, work_dir / f"sheet_{part}.png")
+        save_sheet((pictures[:60], target[:60], nearest[:60]), work_dir / f"sheet_{part}.png")
     return report
 
 

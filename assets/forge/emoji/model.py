@@ -38,7 +38,8 @@ def make_codec() -> JanusVQVAE:
     """Makes a codec with fresh weights (seed torch before).
 
     transformers' 0.02 everywhere leaves a tenth of the picture after the first convolution. The
-    blocks normalise each channel, so that absolute colour has no other way than past them.
+    blocks normalise each channel, so that absolute colour has no other way than past them: red
+    came out as orange and green as blue.
     """
     codec = JanusVQVAE(make_codec_config())
     for name, module in codec.named_modules():

@@ -1,4 +1,4 @@
-"""Trains the picture codec: 64x64 pixels to 16x16 codes of 512 and back, `JanusVQVAE` itself.
+"""Trains the picture codec: 64x64 pixels to 16x16 codes and back, `JanusVQVAE` itself.
 
     python -m mmspec.assets.forge.emoji.train_codec --work-dir build/emoji --minutes 16
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import JanusVQVAE
 
+from mmspec.assets.forge.avatars.model import GRID
 from mmspec.assets.forge.avatars.train import cut_log
 
 from .icons import may_flip
@@ -67,8 +68,8 @@ class Codebook:
         for _ in range(rounds):
             self._count(units_NC, decay=0.0)
             self._restart(units_NC, below=0.5)
-        self.uses_K.mul_(BATCH_SIZE * 256 / len(units_NC))
-        self.sums_KC.mul_(BATCH_SIZE * 256 / len(units_NC))
+        for running in (self.uses_K, self.sums_KC):  # from now on, per step
+            running.mul_(BATCH_SIZE * GRID**2 / len(units_NC))
 
     @torch.no_grad()
     def _count(self, units_NC: Tensor, decay: float) -> None:
@@ -84,8 +85,7 @@ class Codebook:
         dead = torch.nonzero(self.uses_K < below).flatten()
         # Where the codebook fits worst: most patches are white paper and need no more codes.
         misfit_N = 1 - (units_NC @ self.weight_KC.T).amax(1)
-        weights_N = (misfit_N + 1e-6).clamp(min=0)[: 2**20]
-        picked = torch.multinomial(weights_N, len(dead)) if len(dead) else dead
+        picked = torch.multinomial(misfit_N.clamp(min=0) + 1e-6, max(1, len(dead)))[: len(dead)]
         self.weight_KC[dead] = units_NC[picked]
         self.sums_KC[dead] = units_NC[picked]
         self.uses_K[dead] = 1.0
@@ -99,10 +99,7 @@ class Codebook:
 
 
 def reconstruction_loss(made: Tensor, pixels: Tensor) -> Tensor:
-    """Squared and absolute error; absolute error of neighbours' differences and of patch means.
-
-    The last is for colour: without it, hues were drawn into one another.
-    """
+    """Squared and absolute error; absolute error of neighbours' differences and of patch means."""
     patches = F.avg_pool2d(made - pixels, 4).abs().mean()
     edges = sum((made.diff(dim=axis) - pixels.diff(dim=axis)).abs().mean() for axis in (2, 3))
     return F.mse_loss(made, pixels) + 0.5 * F.l1_loss(made, pixels) + 0.5 * edges + patches
@@ -183,7 +180,7 @@ class CodecTrainer:
         if self.step >= FREE_STEPS:
             flat_NC = units.detach().permute(0, 2, 3, 1).flatten(0, 2)
             codes_N = (flat_NC @ self.codebook.weight_KC.T).argmax(1)
-            nearest = self.codebook.weight_KC[codes_N].view(len(units), 16, 16, -1)
+            nearest = self.codebook.weight_KC[codes_N].view(len(units), GRID, GRID, -1)
             nearest = nearest.permute(0, 3, 1, 2).contiguous()
             commitment = (units - nearest).square().sum(1).mean()
             taken = units + (nearest - units).detach()
