@@ -133,7 +133,6 @@ class CodecTrainer:
         with np.load(work_dir / "pictures.npz") as file:
             self.pictures, self.held = file["train"], file["names"]
         torch.manual_seed(seed)
-        self.rng = np.random.default_rng(seed)
         self.codec = make_codec()
         self.step, self.spent_s = 0, 0.0
         self.optimizer = torch.optim.AdamW(
@@ -146,6 +145,7 @@ class CodecTrainer:
         self.checkpoint = work_dir / "codec_checkpoint.pt"
         if self.checkpoint.exists():
             self.load()
+        self.rng = np.random.default_rng(seed + self.step)
 
     def load(self) -> None:
         """Goes on where the last checkpoint was written."""
