@@ -109,11 +109,12 @@ class SlotLayer(CacheLayerMixin):
         seen = []
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             new = states.transpose(1, 2)
+            fed = buffer if num_fed == self.cursor.num_rows else buffer[:num_fed]
             if flat is None:
-                buffer[:num_fed, past : past + new.shape[1]] = new
+                fed.narrow(1, past, new.shape[1]).copy_(new)
             else:
                 buffer.flatten(0, 1).index_copy_(0, flat.to(new.device), new.flatten(0, 1))
-            seen.append(buffer[:num_fed, :extent].transpose(1, 2))
+            seen.append(fed.narrow(1, 0, extent).transpose(1, 2))
         return seen[0], seen[1]
 
     def settle(self) -> None:

@@ -26,7 +26,7 @@ class TokenRows:
         limits_B: Length at which each row ends.
         prompt_lengths_B: Length of each prompt.
         keys_B: Noise key of each row.
-        done_B: Rows that have ended.
+        room_B: Tokens that each row may still get; 0 where it has ended.
         host_tokens: The same tokens as lists, prompt included.
         host_done: The same flags.
         step: Steps committed so far.
@@ -81,13 +81,14 @@ class TokenRows:
         self.limits_B = torch.tensor(limits, device=device)
         self.prompt_lengths_B = self.lengths_B.clone()
         self.keys_B = keys_B.to(device)
-        self.done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        self.room_B = self.limits_B - self.lengths_B
         self.eos_E = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=device)
         self.host_tokens = [[int(token) for token in prompt] for prompt in prompts]
         self.host_limits = limits
         self.host_done = [False] * len(prompts)
         self.prompt_lengths = lengths
         self.step = 0
+        self._last: tuple[Tensor, Tensor] | None = None
         self._noise: dict[int, NoiseWindow] = {}
         self._stop_check = stop_check
 
@@ -126,13 +127,20 @@ class TokenRows:
             default=0,
         )
 
+    @property
+    def last_B(self) -> Tensor:
+        """Index of each row's last committed token; made once per step."""
+        if self._last is None or self._last[0] is not self.lengths_B:
+            self._last = self.lengths_B, self.lengths_B - 1
+        return self._last[1]
+
     def roots_B(self) -> Tensor:
         """The last committed token of each row."""
-        return self.tokens_BT.gather(1, self.lengths_B[:, None] - 1).squeeze(1)
+        return self.tokens_BT.gather(1, self.last_B[:, None]).squeeze(1)
 
     def positions(self, depth_BN: Tensor) -> Tensor:
         """Absolute position of each node; never past a row's last legal position."""
-        root_B1 = self.lengths_B[:, None] - 1
+        root_B1 = self.last_B[:, None]
         if depth_BN.shape[1] == 1:
             return root_B1
         return torch.minimum(root_B1 + depth_BN, self.limits_B[:, None] - 1)
@@ -173,37 +181,24 @@ class TokenRows:
 
     def commit(self, verdict: Verdict) -> Outcome:
         """Appends what the verdict emitted, cut at ends and limits. The step's one host read."""
-        count_B, done_B = _cut(
-            verdict.emitted_BM,
-            verdict.num_accepted_B,
-            self.limits_B - self.lengths_B,
-            self.done_B,
-            self.eos_E,
+        count_B, self.room_B = _cut(
+            verdict.emitted_BM, verdict.num_accepted_B, self.room_B, self.eos_E
         )
         _append(self.tokens_BT, verdict.emitted_BM, self.lengths_B)
         self.lengths_B = self.lengths_B + count_B
-        packed = torch.cat(
-            [
-                count_B[:, None],
-                done_B[:, None],
-                verdict.num_accepted_B[:, None],
-                verdict.emitted_BM,
-            ],
-            dim=1,
-        )
-        self.done_B = done_B
+        figures_B3 = torch.stack([count_B, self.room_B, verdict.num_accepted_B], dim=1)
         self.step += 1
-        return self._read(packed.tolist())
+        return self._read(torch.cat([figures_B3, verdict.emitted_BM], dim=1).tolist())
 
     def _read(self, packed: list[list[int]]) -> Outcome:
         was_active = tuple(not done for done in self.host_done)
         new_units: list[list[int]] = []
         num_accepted: list[int] = []
         num_retracted: list[int] = []
-        for row, (count, done, accepted, *emitted) in enumerate(packed):
+        for row, (count, room, accepted, *emitted) in enumerate(packed):
             new = emitted[:count]
             self.host_tokens[row].extend(new)
-            self.host_done[row] = bool(done)
+            self.host_done[row] = room == 0
             dropped = self._stop_here(row) if new else 0
             new_units.append(new[: max(count - dropped, 0)])
             num_accepted.append(accepted if was_active[row] else 0)
@@ -228,27 +223,29 @@ class TokenRows:
             raise ValueError(f"stop_check must keep 0 to {len(output)} tokens, got {keep}")
         del self.host_tokens[row][self.prompt_lengths[row] + keep :]
         self.host_done[row] = True
-        self.done_B[row] = True
+        self.room_B[row] = 0
+        # A new tensor, because `last_B` knows the old one.
+        self.lengths_B = self.lengths_B.clone()
         self.lengths_B[row] = len(self.host_tokens[row])
         return len(output) - keep
 
 
 def _cut(
-    emitted_BM: Tensor, num_accepted_B: Tensor, room_B: Tensor, done_B: Tensor, eos_E: Tensor
+    emitted_BM: Tensor, num_accepted_B: Tensor, room_B: Tensor, eos_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How many emitted tokens each row keeps, and which rows end.
+    """How many emitted tokens each row keeps, and how many it may still get after them.
 
     The cut comes after verification, so an end inside a draft loses the drafts behind it.
     """
-    count_B = torch.minimum(num_accepted_B + 1, room_B).masked_fill(done_B, 0)
-    if eos_E.shape[0]:
-        longest = emitted_BM.shape[1]
-        slot = torch.arange(longest, device=emitted_BM.device)
-        is_end = (emitted_BM[..., None] == eos_E).any(-1) & (slot < count_B[:, None])
-        first_end_B = torch.where(is_end, slot, longest).amin(1)
-        count_B = torch.minimum(count_B, first_end_B + 1)
-        done_B = done_B | (first_end_B < longest)
-    return count_B, done_B | (count_B >= room_B)
+    longest = emitted_BM.shape[1]
+    count_B = room_B.clamp(max=1) if longest == 1 else torch.minimum(num_accepted_B + 1, room_B)
+    if not eos_E.shape[0]:
+        return count_B, room_B - count_B
+    slot = torch.arange(longest, device=emitted_BM.device)
+    is_end = (emitted_BM[..., None] == eos_E).any(-1) & (slot < count_B[:, None])
+    first_end_B = torch.where(is_end, slot, longest).amin(1)
+    count_B = torch.minimum(count_B, first_end_B + 1)
+    return count_B, (room_B - count_B).masked_fill(first_end_B < longest, 0)
 
 
 def _append(tokens_BT: Tensor, emitted_BM: Tensor, lengths_B: Tensor) -> None:
@@ -257,5 +254,7 @@ def _append(tokens_BT: Tensor, emitted_BM: Tensor, lengths_B: Tensor) -> None:
     What a row does not keep is written as well: it lies behind the row's length, where nobody
     looks, until later tokens take its place.
     """
-    slot = torch.arange(emitted_BM.shape[1], device=emitted_BM.device)
-    tokens_BT.scatter_(1, lengths_B[:, None] + slot, emitted_BM)
+    slots = lengths_B[:, None]
+    if emitted_BM.shape[1] > 1:
+        slots = slots + torch.arange(emitted_BM.shape[1], device=emitted_BM.device)
+    tokens_BT.scatter_(1, slots, emitted_BM)

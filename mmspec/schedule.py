@@ -88,8 +88,14 @@ class AdaptiveSchedule:
     CLEAR_GAIN = 3.0
     #: Share of the time that probes may lose.
     PROBE_SHARE = 0.02
-    #: Plain steps that probes may lose on top, mostly at the start.
+    #: Plain steps that probes may lose on top, mostly at the start, and the share of a generation
+    #: that these may be.
     GRACE = 4
+    GRACE_SHARE = 0.03
+    #: How the cost is thought to grow with the width before two widths are known: rows of a batch
+    #: fill a forward, and the more so the wider it is.
+    GROWTH_OF_ROW = 0.2
+    GROWTH_OF_BATCH = 0.35
     #: Share of its price that a single row's free draft must bring while drafting is in profit:
     #: near break-even the seconds hardly change, while more units per forward come out. In loss,
     #: and in a batch, it is all of it.
@@ -134,6 +140,7 @@ class AdaptiveSchedule:
         self._share_of_steps = 1.0  # of the steps that may draft, those with any draft
         self._share_of_rows = 1.0  # of the rows of those steps, those with a draft
         self._has_begun = False
+        self._grace = float(self.GRACE)
         self._steps = 0
         self._asked = 1
         self._last_plain = 0
@@ -147,6 +154,7 @@ class AdaptiveSchedule:
     def plan(self) -> Plan:
         """Returns the plan of the next step."""
         if not self._has_begun:
+            self._grace = min(self.GRACE, self.GRACE_SHARE * self._remaining())
             return Plan(width=1)
         self._steps += 1
         self._asked = 1
@@ -210,7 +218,7 @@ class AdaptiveSchedule:
         plain = self._cost(1)
         if plain is None:
             return self._widths[-1 if self._is_free else min(2, len(self._widths) - 1)]
-        is_paid = self._lost_s <= self.GRACE * plain + self.PROBE_SHARE * self._elapsed_s
+        is_paid = self._lost_s <= self._grace * plain + self.PROBE_SHARE * self._elapsed_s
         if self._is_free and is_paid:
             return self._widths[-1]
         rates = {width: self._rate(width, plain) for width in self._widths}
@@ -295,10 +303,11 @@ class AdaptiveSchedule:
         narrower = self._cost(known[-2]) if len(known) > 1 else None
         if nearest is None:
             return None
-        power = 0.2
+        floor = self.GROWTH_OF_ROW if len(self._row_units) <= 1 else self.GROWTH_OF_BATCH
+        power = floor
         if narrower is not None:
             growth = math.log(nearest / narrower) / math.log(known[-1] / known[-2])
-            power = min(max(growth, power), 1.0)
+            power = min(max(growth, floor), 1.0)
         # Nothing costs more than a wider step does.
         wider = [min(self.costs[w]) for w in self._widths if w > width and len(self.costs[w]) > 1]
         return min([nearest * (width / known[-1]) ** power, *wider])

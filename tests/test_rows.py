@@ -71,7 +71,7 @@ def test_a_stop_check_sees_each_row_once_per_step_and_only_while_it_runs():
     assert outcome.num_retracted == (1, 0)
     assert rows.host_tokens == [[1, 5], [2, 5, 6]]
     assert rows.lengths_B.tolist() == [2, 3]
-    assert rows.done_B.tolist() == [True, True]
+    assert rows.room_B.tolist() == [0, 0]
 
 
 def test_positions_stay_inside_a_row():

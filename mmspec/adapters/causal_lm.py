@@ -84,7 +84,7 @@ class CausalTarget:
         started = time.perf_counter()
         output = self.forward.run(
             {"input_ids": proposal.tokens_BN},
-            cached_B=rows.lengths_B - 1,
+            cached_B=rows.last_B,
             host_cached=[len(tokens) - 1 for tokens in rows.host_tokens],
             depth_BN=proposal.depth_BN,
             ancestors_BNN=proposal.ancestors_BNN,
@@ -124,7 +124,7 @@ def prefill_rows(forward: SlotForward, rows: TokenRows, num_cached: Sequence[int
 
 def commit_rows(cache: SlotCache, rows: TokenRows, proposal: Proposal, verdict: Verdict) -> Outcome:
     """Appends what the verdict kept; of a tree, moves only the accepted path."""
-    cached_B = rows.lengths_B - 1
+    cached_B = rows.last_B
     outcome = rows.commit(verdict)
     longest = max(outcome.num_accepted)
     if not proposal.is_chain and longest > 0:

@@ -137,7 +137,7 @@ class Guidance:
         host_cached = [len(tokens) - 1 for tokens in rows.host_tokens]
         pairs = zip(host_cached, self._shift, strict=False)
         return {
-            "cached_B": self.shifted(rows.lengths_B - 1),
+            "cached_B": self.shifted(rows.last_B),
             "host_cached": host_cached + [cached + shift for cached, shift in pairs],
             "depth_BN": self.twice(proposal.depth_BN),
             "ancestors_BNN": self.twice(proposal.ancestors_BNN),
@@ -157,7 +157,7 @@ class Guidance:
 
     def commit(self, cache: SlotCache, proposal: Proposal, verdict: Verdict) -> Outcome:
         """Appends the survivors; of a tree, moves only the accepted path, in both halves."""
-        cached = self.shifted(self.rows.lengths_B - 1)
+        cached = self.shifted(self.rows.last_B)
         outcome = self.rows.commit(verdict)
         longest = max(outcome.num_accepted)
         if not proposal.is_chain and longest > 0:

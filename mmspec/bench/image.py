@@ -42,6 +42,7 @@ from mmspec.bench.setups import DTYPES, image_card, load_captions, load_image, s
 from mmspec.bench.tasks import System, Task, Unavailable, interleaved, run_tasks, samples_of
 from mmspec.drafters.jacobi import default_window
 from mmspec.pipelines.image import ImageOutput, SpeculativeImagePipeline
+from mmspec.pipelines.image_decoders import DECODERS as KNOWN_DECODERS
 
 GENERATE = {"generate": {}, "generate_dynamic": {"cache_implementation": "dynamic"}}
 Systems = dict[str, tuple[str, int | None]]
@@ -82,7 +83,7 @@ class Config:
 
 def run(
     model: Annotated[str, typer.Option(help="avatars or tiny-image")] = "avatars",
-    decoders: Annotated[str, typer.Option(help="Of ours.")] = ",".join(DECODERS),
+    decoders: Annotated[str, typer.Option(help="Of ours; lossy ones too.")] = ",".join(DECODERS),
     window: Annotated[
         str, typer.Option(help="Tokens per forward; auto is the pipeline's own choice.")
     ] = "8,16,32,64,128",
@@ -113,7 +114,7 @@ def run(
         typer.Exit: With code 1 if the exact decoder was not identical in float32 or float64.
     """
     output, budget = Output(json_only=json_only), Budget(minutes)
-    ours = csv(decoders, DECODERS)
+    ours = csv(decoders, list(KNOWN_DECODERS))
     pipes = {name: load_image(model, name, device) for name in csv(dtype, list(DTYPES))}
     facts = provenance(torch.device(device), ["avatars"])
     base: dict[str, Any] = {"model": model, "temperature": temperature, "seed": seed}

@@ -18,18 +18,19 @@ from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.adapters.token_image import TokenImageTarget, image_family
 from mmspec.assets import bundled_path
 from mmspec.bench.measure import Sample, timed
-from mmspec.drafters import build_drafter
+from mmspec.drafters.jacobi import JacobiDrafter
+from mmspec.drafters.plain import PlainDrafter
 from mmspec.engine import Engine
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
 from mmspec.pipelines.image import SpeculativeImagePipeline
 from mmspec.records import Generation
 from mmspec.rows import TokenRows
-from mmspec.sampling import build_law
+from mmspec.sampling import Law, build_law
 from mmspec.schedule import FixedSchedule
 from mmspec.speculation import Settings, build_engine
 from mmspec.tree import pack_chain
-from mmspec.verify import build_rule
+from mmspec.verify import SeededMatch
 
 DTYPES = {
     "float32": torch.float32,
@@ -315,22 +316,24 @@ def image_engine(
     guidance: float,
     temperature: float,
     seed: int,
+    rule: Callable[[Law, TokenRows], Any] = SeededMatch,
+    drafter: Callable[..., Any] = JacobiDrafter,
+    **options: Any,
 ) -> Engine:
-    """The exact decoder as the pipeline wires it; width 1 is plain decoding."""
+    """The exact decoder as the pipeline wires it; width 1 is plain decoding.
+
+    Other decoders by what makes their rule and their window, with options of the window.
+    """
     family = image_family(pipe.model)
     rows = image_rows(pipe, captions, seed)
     law = build_law(LawConfig(temperature=temperature))
     target = TokenImageTarget(family, rows, guidance_scale=guidance)
-    drafter = build_drafter(
-        "none" if width == 1 else {"name": "jacobi", "stride": family.layout(None, None).stride},
-        target=target,
-        rows=rows,
-        law=law,
-        max_width=width,
-        shared_noise=True,
-    )
-    rule: Any = build_rule("exact", law, rows)
-    return Engine(target, drafter, rule, FixedSchedule(width, lambda: rows.max_remaining))
+    window: Any = PlainDrafter(rows, target.vocab_size)
+    if width > 1:
+        options = {"stride": family.layout(None, None).stride, "is_greedy": law.is_greedy} | options
+        window = drafter(rows, target.vocab_size, max_width=width, **options)
+    schedule = FixedSchedule(width, lambda: rows.max_remaining)
+    return Engine(target, window, rule(law, rows), schedule)
 
 
 def load_captions(limit: int, *, is_fresh: bool = False) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ TABLE = {
     "cross_tokenizer": ("mmspec.drafters.cross_tokenizer", "CrossTokenizerDrafter"),
     "early_exit": ("mmspec.drafters.model", "EarlyExitDrafter"),
     "jacobi": ("mmspec.drafters.jacobi", "JacobiDrafter"),
+    "denoise": ("mmspec.drafters.denoise", "DenoiseDrafter"),
 }
 
 DrafterSpec = str | Mapping[str, Any] | nn.Module | None
@@ -78,7 +79,7 @@ def build_drafter(
     vocab_size = target.vocab_size
     if name in ("none", "ngram"):
         arguments: tuple[Any, ...] = (rows, vocab_size)
-    elif name == "jacobi":
+    elif name in ("jacobi", "denoise"):
         arguments = (rows, vocab_size)
         options = {
             "max_width": max_width,
