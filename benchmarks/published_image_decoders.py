@@ -213,7 +213,9 @@ def main(
     for part, width in [("forwards", w) for w in widths] + [("accuracy", widths[0])]:
         count = prompts if part == "forwards" else quality
         for system in names if part in asked else ():
-            if row := image_row(measurement, pipe, system, count, width, guidance):
+            row = image_row(measurement, pipe, system, count, width, guidance)
+            # What has no more captions than for forwards stands in that line already.
+            if row and (part == "forwards" or row["num_images"] > prompts):
                 rows.append(row | {"part": part})
     line = final_line(
         "published_image_decoders",

@@ -161,7 +161,7 @@ class JacobiDrafter:
         if self._init == "product":
             return (above + left) / 2
         if self._init == "corner":
-            corner = self._laws_at(self._known_B[:, None] - 1 - self._stride).softmax(-1)
+            corner = self._laws_at(self._known_B[:, None] - 1 - (self._stride or 0)).softmax(-1)
             return (above.exp() + left.exp() - corner).clamp(min=1e-4).log()
         return torch.logaddexp(above, left)
 
