@@ -134,7 +134,7 @@ def _build_rule(
     lenience: float | None,
 ) -> Any:
     """A rule by name; lossy ones are told what codes look like, or where they stand."""
-    options = {} if lenience is None else {"lenience": float(lenience)}
+    options: dict[str, Any] = {} if lenience is None else {"lenience": float(lenience)}
     if name == "lossy-grouped":
         codes = torch.arange(family.codebook_size, device=rows.lengths_B.device)
         codes_VH = family.embed_image(codes).detach().float()
