@@ -169,10 +169,33 @@ def test_the_first_step_is_plain_and_teaches_nothing():
     schedule.observe(record(1, 1e9))
     assert not memory.costs
     widths = []
+    for _ in range(8):
+        widths.append(schedule.plan().width)
+        schedule.observe(record(widths[-1]))
+    assert widths == [8, 1, 1, 8, 32, 32, 64, 64]  # the probes, then where a flat line leads
+
+
+def test_a_wide_window_is_not_probed_where_a_narrower_one_is_dear():
+    memory = WindowMemory()
+    schedule = WindowSchedule(128, endless, one, memory)
+    schedule.observe(record(1))
+    for _ in range(20):
+        width = schedule.plan().width
+        schedule.observe(record(width, seconds=0.1 + 0.9 * width))
+    assert {width for _, width in memory.costs} <= {1, 2, 4, 8}
+
+
+def test_a_line_alone_leads_to_twice_the_width_at_most():
+    memory = WindowMemory()
+    for width in (1, 8):
+        memory.costs[1, width].extend([1.0] * 3)
+    schedule = WindowSchedule(128, endless, one, memory)
+    schedule.observe(record(1))
+    widths = []
     for _ in range(3):
         widths.append(schedule.plan().width)
         schedule.observe(record(widths[-1]))
-    assert widths == [1, 8, 64]  # plain, then another, then where a flat line leads
+    assert widths == [16, 32, 64]
 
 
 def test_what_a_call_found_serves_the_next():
@@ -187,9 +210,9 @@ def test_what_a_call_found_serves_the_next():
 
 def test_a_little_better_is_no_reason_to_change():
     memory = WindowMemory()
+    memory.costs[1, 1].extend([1.0] * 3)
     schedule = WindowSchedule(128, endless, one, memory)
     schedule.observe(record(1))
-    memory.costs[1, 1].extend([1.0] * 3)
     units = memory.expected()
     for width in BUCKETS[1:]:
         memory.costs[1, width].extend([units(width) / (1.2 if width == 16 else 1.1)] * 3)

@@ -93,7 +93,7 @@ def run(
     model: Annotated[
         str, typer.Option(help="bundled:NAME, or NAME; tiny-image, mid-image: random weights.")
     ] = "avatars",
-    decoders: Annotated[str, typer.Option(help="Of ours.")] = "sequential,exact,coupled,sjd",
+    decoders: Annotated[str, typer.Option(help="Of ours.")] = ",".join(DECODERS),
     window: Annotated[
         str,
         typer.Option("--window", "--windows", help="Tokens per forward; auto: the default choice."),

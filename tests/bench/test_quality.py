@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmspec.assets import bundled_names
-from mmspec.bench.quality import quality_sections, score, summarise_quality
 from mmspec.bench.image_setups import judge_of, load_captions
+from mmspec.bench.quality import quality_sections, score, summarise_quality
 
 FACTS = {"model": "avatars", "dtype": "float32", "temperature": 1.0, "guidance": 3.0, "batch": 2}
 

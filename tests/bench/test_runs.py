@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from mmspec.assets import bundled_names
 from mmspec.bench import core, image, text
-from mmspec.bench.measure import check_final_line
 from mmspec.bench.image_setups import load_image
+from mmspec.bench.measure import check_final_line
 from mmspec.bench.setups import load_text
 
 TEXT = {"model": "tiny", "kinds": "edit,chat", "prompts": 2, "max_new_tokens": 8, "repeats": 1}
@@ -100,13 +100,8 @@ def test_image(tmp_path, capsys):
     assert rows[3.0, "sequential"]["mean_width"] == 1
     assert 1 < rows[3.0, "exact_w8"]["mean_width"] <= 8
     assert rows[1.0, "exact_w8"]["yardstick"] is None
-    assert line["left_out"] == [
-        *(
-            f"float64 T=1 guidance {scale} batch 2: 1 captions that do not fill a batch"
-            for scale in (1, 3)
-        ),
-        "quality: nothing says what pictures of tiny-image show",
-    ] or any("generate not measured" in entry for entry in line["left_out"])
+    assert "float64 T=1 guidance 3 batch 2: 1 captions that do not fill a batch" in line["left_out"]
+    assert "quality: nothing says what pictures of tiny-image show" in line["left_out"]
 
     chosen = {(r["guidance"], r["decoder"]): r for r in line["rows"] if r["type"] == "chosen"}
     assert set(chosen) == {(g, d) for g in (1.0, 3.0) for d in ("exact", "coupled", "sjd")}
@@ -118,8 +113,8 @@ def test_image(tmp_path, capsys):
 
 @needs_captions
 def test_images_per_minute_by_batch_and_the_bytes_of_each_system(tmp_path):
-    options = IMAGE | {"guidance": "3", "batch": "1,2", "prompts": 2, "decoders": "sequential,exact"}
-    line = image.run(**options | {"window": "8,32"}, memory=True, out=tmp_path)
+    options = IMAGE | {"guidance": "3", "batch": "1,2", "prompts": 2, "window": "8,32"}
+    line = image.run(**options, decoders="sequential,exact", memory=True, out=tmp_path)
     [report] = tmp_path.glob("image_*.md")
     assert "## Images per minute, float64, guidance 3" in report.read_text()
     memory = {(r["batch"], r["system"]): r for r in line["rows"] if r["type"] == "memory"}
@@ -199,5 +194,5 @@ def test_unknown_names_are_refused_with_the_known_ones(tmp_path):
         text.run(**TEXT, systems="fast", out=tmp_path)
     with pytest.raises(ValueError, match="known: smollm2, tiny"):
         load_text("huge", "float32")
-    with pytest.raises(ValueError, match="known: avatars.*tiny-image"):
+    with pytest.raises(ValueError, match="known: avatars, "):
         load_image("huge", "float32")
