@@ -1,13 +1,20 @@
 """The chosen window against every fixed one, in worlds of scripted images and seconds."""
 
 import bisect
+import dataclasses
 import math
 import random
 
 import pytest
+import torch
 from simulate import Pictures
 
+from mmspec.adapters.token_image import image_family
+from mmspec.assets import bundled_names
+from mmspec.law_config import LawConfig
+from mmspec.pipelines.image import SpeculativeImagePipeline, image_engine
 from mmspec.records import StepRecord
+from mmspec.sampling import build_law
 from mmspec.schedule import FixedSchedule
 from mmspec.tree import BUCKETS
 from mmspec.window_schedule import WindowMemory, WindowSchedule, settled_units
@@ -87,6 +94,64 @@ def test_within_five_percent_on_the_whole(results):
 @pytest.mark.parametrize("case", CASES)
 def test_never_below_95_percent_of_plain_decoding(case, results):
     assert results[case][1] > 0.95
+
+
+# --------------------------------------------------------------------------- real images
+
+
+class Scripted:
+    """A schedule whose steps take the seconds of a table, whatever the clock says."""
+
+    def __init__(self, schedule, seconds):
+        self.schedule, self.seconds = schedule, seconds
+        self.total = 0.0
+        self.has_begun = False
+
+    def plan(self):
+        return self.schedule.plan()
+
+    def observe(self, record):
+        # The first step has no forward of its own.
+        seconds = self.seconds(sum(record.was_active), record.width) * self.has_begun
+        self.has_begun = True
+        self.total += seconds
+        times = {"draft_time_s": 0.0, "other_time_s": 0.0, "verify_time_s": seconds}
+        self.schedule.observe(dataclasses.replace(record, **times))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avatars" not in bundled_names(), reason="needs the avatars")
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_first_images_of_the_avatars_are_near_the_best_fixed_window(guidance):
+    pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars")
+    family = image_family(pipe.model)
+    layout = family.layout(None, None)
+    captions = ["a pixel avatar with red hair and glasses", "a pixel avatar with a blue hat"]
+    tables = {"float32": measured(FLOAT32), "bfloat16": measured(BFLOAT16)}
+
+    def seconds(caption, seconds_of, make) -> float:
+        engine, rows = image_engine(
+            family,
+            layout,
+            [pipe._prompt_ids(caption)],
+            rule="exact",
+            law=build_law(LawConfig(temperature=1.0)),
+            window=BUCKETS[-1],
+            guidance_scale=guidance,
+            keys_B=torch.tensor([7]),
+            device=pipe.device,
+        )
+        engine.schedule = Scripted(
+            make(lambda: rows.max_remaining, lambda: len(rows.active)), seconds_of
+        )
+        engine.run()
+        return engine.schedule.total
+
+    for table in tables.values():
+        best = min(sum(seconds(c, table, fixed(w)) for c in captions) for w in (8, 16, 32, 64))
+        mine = sum(seconds(c, table, chosen(WindowMemory())) for c in captions)
+        assert best / mine > 0.9
+        assert len(captions) * 255 * table(1, 1) / mine > 0.95
 
 
 # --------------------------------------------------------------------------- parts

@@ -1,4 +1,4 @@
-"""Images: forwards and wall time beside transformers' own image generation, and quality.
+"""Images: forwards, wall time and memory beside transformers' own image generation, and quality.
 
 All systems run in one process on one loaded model, in turn, with the same captions. What is timed
 ends with the image tokens; turning them into pixels costs the same for all and is left out.
@@ -18,12 +18,7 @@ import typer
 from torch import Tensor
 
 from mmspec.adapters.token_image import image_family
-from mmspec.bench.image_report import (
-    GENERATE,
-    failures,
-    speed_sections,
-    summarise,
-)
+from mmspec.bench.image_report import GENERATE, failures, speed_sections, summarise
 from mmspec.bench.image_setups import (
     bundle_of,
     image_card,
@@ -246,10 +241,9 @@ def _task(
     systems: Systems,
 ) -> Task:
     captions = [entry["caption"] for entry in entries]
-
     measure = _memory if config.purpose == "memory" else _measure
 
-    def system(name: str, decoder: str, width: int | None) -> System:
+    def system(decoder: str, width: int | None) -> System:
         return lambda repeat: measure(config, decoder, width, captions, repeat)
 
     def finish(samples: Mapping[str, Sample]) -> None:
@@ -262,7 +256,7 @@ def _task(
     return Task(
         key=f"{config.key}/{first:04d}",
         label=config.label,
-        systems={name: system(name, *what) for name, what in systems.items()},
+        systems={name: system(*what) for name, what in systems.items()},
         facts={
             "type": PURPOSES[config.purpose],
             "model": config.model,
@@ -318,12 +312,9 @@ def _memory(
     }
 
 
-Figures = Callable[[Any, int], tuple[Tensor, Sample]]
-
-
 def _call(
     config: Config, decoder: str, width: int | None, captions: Sequence[str], repeat: int
-) -> tuple[Callable[[], Any], Figures]:
+) -> tuple[Callable[[], Any], Callable[[Any, int], tuple[Tensor, Sample]]]:
     """What makes the images, and what turns its answer and the forwards into tokens and figures."""
     seed = config.seed + repeat
     if decoder in GENERATE:

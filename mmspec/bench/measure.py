@@ -55,6 +55,7 @@ _NOT_MEASURED = (
     "__main__.py",
     "cli.py",
     "demo.py",
+    "image_report.py",
     "jobs.py",
     "report.py",
     "support.py",
