@@ -32,7 +32,7 @@ from mmspec.verify import build_rule
 RANDOM_MODELS = ("tiny-image", "mid-image")
 #: Whose captions the random models are given.
 _LENDER = "avatars"
-#: How much the mid-size model's head listens to the context: some three tokens per forward.
+#: How much the mid-size model's head listens to the context: some four tokens per forward.
 _MID_CONTEXT = 0.2
 
 _VQ = {
