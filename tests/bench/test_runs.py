@@ -147,7 +147,7 @@ def test_quality_alone_takes_every_caption(tmp_path, monkeypatch, capsys):
     options |= {"model": "bundled:avatars", "dtype": "float32"}
     line = image.run(**options, quality_generate=True, out=tmp_path)
     assert {(r["type"], r["system"], r["num_images"]) for r in line["rows"]} == {
-        ("quality", system, 3) for system in ("generate", "generate_dynamic", "exact_w32")
+        ("quality", system, 3) for system in ("generate", "generate_dynamic", "exact_w16")
     }
     assert {r["model"] for r in line["rows"]} == {"avatars"}
     assert line["left_out"] == []
