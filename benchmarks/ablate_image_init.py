@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from mmspec.bench.image_setups import image_engine, load_captions, load_image
 from mmspec.bench.measure import Budget, Sample, csv, final_line, open_store, provenance
 from mmspec.bench.report import Output, publish, table
-from mmspec.bench.setups import image_engine, load_captions, load_image
 from mmspec.drafters.jacobi import INITS
 from mmspec.verify import IndependentRedraft, MaximalCoupling, SeededMatch
 

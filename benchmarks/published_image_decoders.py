@@ -25,9 +25,9 @@ import typer
 from torch import Tensor
 
 from mmspec.adapters.token_image import image_family
+from mmspec.bench.image_setups import image_engine, load_captions, load_image
 from mmspec.bench.measure import Budget, Sample, csv, final_line, open_store, provenance
 from mmspec.bench.report import Output, percent, publish, table
-from mmspec.bench.setups import image_engine, load_captions, load_image
 from mmspec.drafters.jacobi import JacobiDrafter
 from mmspec.lossy import GroupedAcceptance, OverlappingRows
 from mmspec.verify import IndependentRedraft, MaximalCoupling, SeededMatch
