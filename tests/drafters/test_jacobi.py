@@ -123,6 +123,8 @@ def test_greedy_windows_converge_in_fewer_steps_than_tokens():
 def test_options():
     with pytest.raises(ValueError, match="stride must be >= 1"):
         make(toy_rows(1, 4, seed=0), stride=0)
+    with pytest.raises(ValueError, match="unknown init 'below'; known: above, left"):
+        make(toy_rows(1, 4, seed=0), init="below")
     assert [default_window(n) for n in (16, 256, 576, 1024, 4096)] == [8, 32, 64, 64, 64]
     assert [default_window(256, rows) for rows in (1, 4, 8, 16, 64)] == [32, 16, 8, 8, 8]
     assert default_window(256) == 32
