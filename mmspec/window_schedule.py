@@ -166,7 +166,7 @@ class WindowSchedule:
     STRIDE = 2
     #: Steps at the beginning, and after a change of width, that say nothing about what a settled
     #: window brings.
-    BEGINNING = 10
+    BEGINNING = 14
     SETTLING = 4
 
     def __init__(
