@@ -63,7 +63,8 @@ def build_drafter(
 
     Args:
         spec: As in `parse_spec`.
-        target: The target adapter; gives ``vocab_size`` and ``forward``.
+        target: The target adapter; gives ``vocab_size`` and ``forward``, and ``extras`` where
+            prompts have more than token ids.
         rows: The rows to draft for.
         law: The target's law.
         max_width: Largest width of a step, root included.
@@ -76,10 +77,13 @@ def build_drafter(
     module, class_name = TABLE[name]
     cls = getattr(importlib.import_module(module), class_name)
     vocab_size = target.vocab_size
-    if name in ("none", "ngram"):
-        arguments: tuple[Any, ...] = (rows, vocab_size)
+    placeholders = getattr(getattr(target, "extras", None), "placeholders", ())
+    arguments: tuple[Any, ...] = (rows, vocab_size)
+    if name == "none":
+        pass
+    elif name == "ngram":
+        options = {"placeholders": placeholders} | options
     elif name == "jacobi":
-        arguments = (rows, vocab_size)
         options = {
             "max_width": max_width,
             "is_greedy": law.is_greedy,

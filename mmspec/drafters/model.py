@@ -3,6 +3,7 @@
 import copy
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class ModelDrafter:
         *,
         shared_noise: bool = True,
         cache: SlotCache | None = None,
+        place: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -65,9 +67,10 @@ class ModelDrafter:
             shared_noise: Draw with the target's own noise (Gumbel coupling, for the exact rule);
                 otherwise sample freshly and report the law (for speculative sampling).
             cache: Share this cache instead of making one.
+            place: As in `SlotForward`.
         """
         self.forward = SlotForward(
-            model, num_rows=rows.num_rows, capacity=rows.capacity, cache=cache
+            model, num_rows=rows.num_rows, capacity=rows.capacity, cache=cache, place=place
         )
         self._rows = rows
         self._vocab_size = vocab_size
@@ -182,7 +185,13 @@ class EarlyExitDrafter(ModelDrafter):
         """
         shallow = first_layers(target.model, num_layers)
         super().__init__(
-            shallow, rows, vocab_size, law, shared_noise=shared_noise, cache=target.cache
+            shallow,
+            rows,
+            vocab_size,
+            law,
+            shared_noise=shared_noise,
+            cache=target.cache,
+            place=target.place,
         )
         self._target_cache = target.cache
         self._num_layers = num_layers
@@ -205,14 +214,18 @@ def first_layers(model: Any, num_layers: int) -> Any:
     Raises:
         ValueError: If ``num_layers`` is out of range, or the layers cannot be found.
     """
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    text = model.config.get_text_config(decoder=True)
+    depth = text.num_hidden_layers
     if not 1 <= num_layers < depth:
         raise ValueError(f"early exit must be after layer 1 to {depth - 1}, got {num_layers}")
-    stacks = [
-        name
-        for name, module in model.named_modules()
+    # The towers of other modalities have stacks as well.
+    decoder = model if text is model.config else model.get_decoder()
+    layers = [
+        module
+        for module in decoder.modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
+    stacks = [name for name, module in model.named_modules() if any(module is s for s in layers)]
     if len(stacks) != 1:
         raise ValueError(f"{type(model).__name__} has {len(stacks)} stacks of {depth} layers")
     *owners, last = stacks[0].split(".")
@@ -225,6 +238,18 @@ def first_layers(model: Any, num_layers: int) -> Any:
     return shallow
 
 
+def _cut(config: Any, num_layers: int) -> Any:
+    """A copy of a configuration with fewer layers of text."""
+    cut, text = copy.copy(config), config.get_text_config(decoder=True)
+    if text is config:
+        cut.num_hidden_layers = num_layers
+        return cut
+    for name in config.sub_configs:
+        if getattr(config, name, None) is text:
+            setattr(cut, name, _cut(text, num_layers))
+    return cut
+
+
 def _shell(module: Any, num_layers: int) -> Any:
     """A copy of one module object that shares its parameters and children."""
     shell = copy.copy(module)
@@ -232,11 +257,7 @@ def _shell(module: Any, num_layers: int) -> Any:
     shell._modules = dict(module._modules)
     shell.__dict__.pop("_mmspec_compiled_forward", None)
     if hasattr(module, "config"):
-        shell.config = copy.copy(module.config)
-        text = shell.config.get_text_config(decoder=True)
-        if text is not shell.config:
-            raise ValueError("early exit needs a plain text model, got a composite one")
-        shell.config.num_hidden_layers = num_layers
+        shell.config = _cut(module.config, num_layers)
     hooked = shell.__dict__.get("forward")
     if isinstance(hooked, functools.partial) and "_old_forward" in shell.__dict__:
         # accelerate's hooks are bound to the module they were put on; bind them to the copy.
