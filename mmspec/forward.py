@@ -6,7 +6,8 @@ what the tokens mean. Shape suffixes as in `mmspec.records`, and
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,6 +66,24 @@ def text_device(model: Any) -> torch.device:
 def as_law_dtype(logits: Tensor) -> Tensor:
     """Laws are computed in float32, or in float64 where the model is."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptExtras:
+    """What the prompts of some rows have besides token ids.
+
+    Attributes:
+        inputs: More inputs of the forward that reads the prompts, as the model's ``forward`` names
+            them; those with a value per token are padded on the right.
+        place: As in `SlotForward`.
+        placeholders: Token ids that stand for something else than text.
+        seen_by: What the same prompts have for another model; None where that is not known.
+    """
+
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    place: Callable[[Tensor], Tensor] | None = None
+    placeholders: Collection[int] = ()
+    seen_by: Callable[[Any], "PromptExtras"] | None = None
 
 
 class SlotForward:

@@ -202,7 +202,9 @@ class NoiseWindow:
             self._make(lengths_B, host_lengths, reach + self._ahead, missing + self._ahead)
         size = self._ring_BRV.shape[1]
         first = (host_lengths[0] + offset) % size
-        if first + num_positions <= size and host_lengths.count(host_lengths[0]) == len(host_lengths):
+        if first + num_positions <= size and host_lengths.count(host_lengths[0]) == len(
+            host_lengths
+        ):
             # Rows of one length want the same piece of the ring.
             return self._ring_BRV.narrow(1, first, num_positions)
         position_BN = lengths_B[:, None] + torch.arange(offset, reach, device=lengths_B.device)

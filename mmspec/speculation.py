@@ -10,7 +10,7 @@ Shape suffixes as in `mmspec.records`, and
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from mmspec.adapters import image_glm, vision_language
-from mmspec.adapters.causal_lm import CausalTarget, PromptExtras
+from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.adapters.guidance import Guidance
 from mmspec.adapters.guided_lm import GuidedTarget, guidance_of, split_guidance
 from mmspec.adapters.kv_exchange import export_cache, import_prefix
@@ -31,7 +31,7 @@ from mmspec.cache import SlotCache
 from mmspec.checks import is_integer, require, require_generator, require_known
 from mmspec.drafters import TABLE, DrafterSpec, build_drafter, parse_spec
 from mmspec.engine import Engine
-from mmspec.forward import check_supported, text_device
+from mmspec.forward import PromptExtras, check_supported, text_device
 from mmspec.noise import row_keys
 from mmspec.records import Stats
 from mmspec.rows import TokenRows
@@ -183,9 +183,7 @@ def build_engine(
     return Engine(target, drafter, rule, schedule)
 
 
-def _check_guided(
-    settings: Settings, cache: SlotCache | None, extras: PromptExtras | None
-) -> None:
+def _check_guided(settings: Settings, cache: SlotCache | None, extras: PromptExtras | None) -> None:
     """Refuses what has no second half."""
     if parse_spec(settings.drafter)[0] == "early_exit":
         raise ValueError(
@@ -356,7 +354,7 @@ class Speculation:
             self.settings,
             cache=cache,
             num_cached=num_cached,
-            extras=_extras(model, rows, model_kwargs, is_token_BP),
+            extras=_extras(model, rows, model_kwargs, is_token_BP, dropped),
             guidance=None if guide is None else guidance_of(guide, model, rows),
         )
         result = engine.run(lambda record, outcome: lockstep.advance(rows))
@@ -375,16 +373,17 @@ class Speculation:
 
 
 def _dropped_by_generate() -> Mapping[str, Any]:
-    """Arguments of `generate` that it does not pass to a callable, read from its own frame.
+    """Arguments of `generate` that it does not pass on to a callable, from its own frame.
 
     transformers 5.23 rebuilds the extra arguments for a callable from unnamed ones only, so
     `streamer=` (which has been shown the prompt by then and would wait for ever) and
-    `assistant_model=` get lost without a word.
+    `assistant_model=` get lost without a word. Of images it passes on what the target's tower
+    makes of them.
     """
     caller = sys._getframe(2)
     if caller.f_code.co_name != "generate":
         return {}
-    names = ("streamer", "assistant_model", "synced_gpus")
+    names = ("streamer", "assistant_model", "synced_gpus", "inputs", "kwargs")
     return {name: caller.f_locals.get(name) for name in names}
 
 
@@ -426,13 +425,20 @@ def _check_mode(
 
 
 def _extras(
-    model: Any, rows: TokenRows, model_kwargs: Mapping[str, Any], is_token_BP: Tensor
+    model: Any,
+    rows: TokenRows,
+    model_kwargs: Mapping[str, Any],
+    is_token_BP: Tensor,
+    call: Mapping[str, Any],
 ) -> PromptExtras | None:
     """What the prompts have besides tokens, for families where they have more."""
     family = _FAMILIES.get(model.config.model_type)
     if family is None:
         return None
-    extras: PromptExtras | None = family.extras_in_generate(model, rows, model_kwargs, is_token_BP)
+    given = {"input_ids": call.get("inputs")} | (call.get("kwargs") or {})
+    extras: PromptExtras | None = family.extras_in_generate(
+        model, rows, model_kwargs, is_token_BP, given
+    )
     return extras
 
 

@@ -276,9 +276,7 @@ FAMILIES = {
         config=paligemma,
         token_types="token_type_ids",
     ),
-    "got_ocr2": Family(
-        class_name="GotOcr2ForConditionalGeneration", config=got_ocr2, pixels=32
-    ),
+    "got_ocr2": Family(class_name="GotOcr2ForConditionalGeneration", config=got_ocr2, pixels=32),
     "qwen2_vl": Family(
         class_name="Qwen2VLForConditionalGeneration",
         config=qwen_vl("Qwen2VL", {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),

@@ -4,33 +4,16 @@ Every family that transformers loads with a plain or sliding key/value cache.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmspec.cache import SlotCache
-from mmspec.forward import SlotForward, as_law_dtype, text_device
+from mmspec.forward import PromptExtras, SlotForward, as_law_dtype, text_device
 from mmspec.records import Outcome, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptExtras:
-    """What the prompts of some rows have besides token ids.
-
-    Attributes:
-        inputs: More inputs of the forward that reads the prompts, as the model's ``forward`` names
-            them; those with a value per token are padded on the right.
-        place: As in `SlotForward`.
-        placeholders: Token ids that stand for something else than text.
-    """
-
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    place: Callable[[Tensor], Tensor] | None = None
-    placeholders: Collection[int] = ()
 
 
 class CausalTarget:
@@ -191,7 +174,6 @@ def check_fits(model: Any, rows: TokenRows, more: Sequence[int] = ()) -> None:
 
 __all__ = [
     "CausalTarget",
-    "PromptExtras",
     "check_fits",
     "commit_rows",
     "prefill_rows",

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmspec.adapters.causal_lm import PromptExtras
 from mmspec.adapters.token_image import ImageLayout
 from mmspec.checks import is_integer, require
-from mmspec.forward import text_device
+from mmspec.forward import PromptExtras, text_device
 from mmspec.rows import TokenRows
 
 #: Pixels per code and side.
@@ -181,7 +180,11 @@ def place_codes(offsets_AT: Tensor, positions_BN: Tensor, prompt_lengths_B: Tens
 
 
 def extras_in_generate(
-    model: Any, rows: TokenRows, inputs: Mapping[str, Any], is_token_BP: Tensor
+    model: Any,
+    rows: TokenRows,
+    inputs: Mapping[str, Any],
+    is_token_BP: Tensor,
+    given: Mapping[str, Any],
 ) -> PromptExtras | None:
     """Positions of a request that came through `generate`; None where it names no grids.
 
@@ -190,6 +193,7 @@ def extras_in_generate(
         rows: The rows of the request.
         inputs: What `generate` passes on.
         is_token_BP: Which columns of the prompts are tokens.
+        given: What `generate` was given.
 
     Raises:
         ValueError: On source images, images of several sizes, or a cache of the caller's.

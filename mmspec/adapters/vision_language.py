@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmspec.adapters.causal_lm import PromptExtras
+from mmspec.forward import PromptExtras
 from mmspec.rows import TokenRows
 
 
@@ -62,7 +62,11 @@ GENERATE_INPUTS = frozenset({"mm_encoder_outputs", "mm_token_type_ids", "token_t
 
 
 def extras_in_generate(
-    model: Any, rows: TokenRows, inputs: Mapping[str, Any], is_token_BP: Tensor
+    model: Any,
+    rows: TokenRows,
+    inputs: Mapping[str, Any],
+    is_token_BP: Tensor,
+    given: Mapping[str, Any],
 ) -> PromptExtras:
     """What the prompts of a request that came through `generate` have besides token ids.
 
@@ -71,6 +75,7 @@ def extras_in_generate(
         rows: The rows of the request.
         inputs: What `generate` passes on.
         is_token_BP: Which columns of the prompts are tokens.
+        given: What `generate` was given.
 
     Raises:
         ValueError: On videos, on layers that cannot be given masks, or on images together with a
@@ -97,11 +102,59 @@ def extras_in_generate(
     if types is not None and family.causal_type is not None and not is_continued:
         more["token_type_ids"] = _right_padded(types, is_token_BP, family.causal_type)
     positions = None if is_continued else inputs.get("position_ids")
+    is_shown = "image" in features and "pixel_values" in given and not is_continued
+
+    def seen_by(other: Any) -> PromptExtras:
+        if _placeholders(other.config) != placeholders or other.config.model_type not in FAMILIES:
+            raise ValueError(
+                f"{type(other).__name__} does not read the images of {name}'s prompts; use "
+                "visual_tokens='none'"
+            )
+        theirs = prepare(other, given, num_rows=rows.num_rows)
+        return extras_in_generate(other, rows, theirs, is_token_BP, given)
+
     return PromptExtras(
         inputs=more,
         place=_place(family, rows, positions, is_token_BP),
         placeholders=placeholders,
+        seen_by=seen_by if is_shown else None,
     )
+
+
+def prepare(model: Any, given: Mapping[str, Any], *, num_rows: int | None = None) -> dict[str, Any]:
+    """What `generate` makes of its inputs before its first forward: features, positions, a mask.
+
+    Args:
+        model: The model.
+        given: Arguments of `generate`; those that are no tensors are left out.
+        num_rows: Rows that the prompts are repeated to; None is as many as there are.
+
+    Returns:
+        What `generate` would pass on, with ``input_ids``.
+    """
+    prepared: dict[str, Any] = {}
+
+    def take(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        prepared.update(model_kwargs, input_ids=input_ids)
+        return input_ids
+
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    copies = 1 if num_rows is None else num_rows // len(tensors["input_ids"])
+    model.generate(
+        **tensors,
+        custom_generate=take,
+        max_new_tokens=1,
+        do_sample=True,
+        num_return_sequences=copies,
+    )
+    return prepared
 
 
 def _check_continued(
@@ -133,7 +186,9 @@ def _has_any(rows: TokenRows, tokens: frozenset[int]) -> bool:
 
 def _right_padded(values_BP: Tensor, is_token_BP: Tensor, padding: int) -> Tensor:
     """Values of padded columns as the rows of a slot cache stand: no padding before a token."""
-    kept = [row[mask] for row, mask in zip(values_BP, is_token_BP.to(values_BP.device), strict=True)]
+    kept = [
+        row[mask] for row, mask in zip(values_BP, is_token_BP.to(values_BP.device), strict=True)
+    ]
     return pad_sequence(kept, batch_first=True, padding_value=padding)
 
 

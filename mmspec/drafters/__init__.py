@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from mmspec.checks import require_known
+from mmspec.forward import PromptExtras
 from mmspec.rows import TokenRows
 from mmspec.sampling import Law
 
@@ -19,6 +20,9 @@ TABLE = {
     "early_exit": ("mmspec.drafters.model", "EarlyExitDrafter"),
     "jacobi": ("mmspec.drafters.jacobi", "JacobiDrafter"),
 }
+
+#: How much of an image a smaller model is shown.
+VISUAL_TOKENS = ("none", "all")
 
 DrafterSpec = str | Mapping[str, Any] | nn.Module | None
 
@@ -77,11 +81,12 @@ def build_drafter(
     module, class_name = TABLE[name]
     cls = getattr(importlib.import_module(module), class_name)
     vocab_size = target.vocab_size
-    placeholders = getattr(getattr(target, "extras", None), "placeholders", ())
+    extras: PromptExtras | None = getattr(target, "extras", None)
     arguments: tuple[Any, ...] = (rows, vocab_size)
     if name == "none":
         pass
     elif name == "ngram":
+        placeholders = () if extras is None else extras.placeholders
         options = {"placeholders": placeholders} | options
     elif name == "jacobi":
         options = {
@@ -100,9 +105,22 @@ def build_drafter(
             raise ValueError(
                 f"the {name!r} drafter needs a loaded model: {{'name': {name!r}, 'model': m, ...}}"
             )
-        arguments = (options.pop("model"), rows, vocab_size, law)
+        model = options.pop("model")
+        arguments = (model, rows, vocab_size, law)
         options = {"shared_noise": shared_noise} | options
+        if name == "model" and extras is not None:
+            options |= _sight(options.pop("visual_tokens", "none"), model, extras)
     try:
         return cls(*arguments, **options)
     except TypeError as error:
         raise ValueError(f"drafter {name!r} does not take these options: {error}") from error
+
+
+def _sight(visual_tokens: str, model: Any, extras: PromptExtras) -> dict[str, Any]:
+    """Options of the model drafter for prompts with images."""
+    require_known("visual_tokens", visual_tokens, VISUAL_TOKENS)
+    if visual_tokens == "none":
+        return {"placeholders": extras.placeholders}
+    if extras.seen_by is None:
+        raise ValueError("visual_tokens='all' needs prompts with images, and none are there")
+    return {"extras": extras.seen_by(model)}

@@ -3,7 +3,7 @@
 import copy
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmspec.cache import SlotCache
 from mmspec.drafters.plain import root_only
-from mmspec.forward import SlotForward, as_law_dtype
+from mmspec.forward import PromptExtras, SlotForward, as_law_dtype
 from mmspec.noise import Salt, gumbel
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
@@ -40,6 +40,8 @@ def draw(
 class ModelDrafter:
     """Drafts a chain with a smaller model that shares the target's tokens.
 
+    Of prompts with images it reads the text alone, unless it is told what it sees in their place.
+
     Attributes:
         forward: The model on its slot cache.
     """
@@ -55,7 +57,8 @@ class ModelDrafter:
         *,
         shared_noise: bool = True,
         cache: SlotCache | None = None,
-        place: Callable[[Tensor], Tensor] | None = None,
+        placeholders: Collection[int] = (),
+        extras: PromptExtras | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -67,21 +70,39 @@ class ModelDrafter:
             shared_noise: Draw with the target's own noise (Gumbel coupling, for the exact rule);
                 otherwise sample freshly and report the law (for speculative sampling).
             cache: Share this cache instead of making one.
-            place: As in `SlotForward`.
+            placeholders: Tokens of a prompt that are left out of the drafter's own; the token that
+                ends it is not.
+            extras: What the prompts have for this model besides token ids; not together with
+                ``placeholders``.
         """
+        self._extras = extras
         self.forward = SlotForward(
-            model, num_rows=rows.num_rows, capacity=rows.capacity, cache=cache, place=place
+            model,
+            num_rows=rows.num_rows,
+            capacity=rows.capacity,
+            cache=cache,
+            place=None if extras is None else extras.place,
         )
         self._rows = rows
         self._vocab_size = vocab_size
         self._own_vocab = model.get_output_embeddings().weight.shape[0]
         self._law = law
         self._shared_noise = shared_noise
+        self._num_left_out, self._index_BT = [0] * rows.num_rows, None
+        if placeholders:
+            self._num_left_out, self._index_BT = _without(rows, frozenset(placeholders))
         self._num_cached = [0] * rows.num_rows
         self._root_slot: list[int] = []
 
     def prefill(self) -> None:
-        """Reads nothing: the first draft feeds the prompt."""
+        """Reads prompts that have more than tokens; the first draft feeds any other."""
+        if self._extras is None:
+            return
+        counts = self._rows.prompt_lengths
+        ids = self._rows.tokens_BT[:, : max(counts)]
+        inputs = {"input_ids": ids, **self._extras.inputs}
+        self.forward.extend(inputs, [0] * len(counts), counts)
+        self._num_cached = [count - 1 for count in counts]
 
     def propose(self, plan: Plan) -> Proposal:
         """A chain of ``plan.width - 1`` drafts per active row."""
@@ -90,7 +111,7 @@ class ModelDrafter:
         if num_drafts < 1:
             return root_only(rows)
         scratch = rows.tokens_BT.clone()
-        self._root_slot = [len(tokens) - 1 for tokens in rows.host_tokens]
+        self._root_slot = self._last_slots()
         laws = []
         for depth in range(num_drafts):
             law_logits = self._next_law(scratch, depth)
@@ -112,10 +133,16 @@ class ModelDrafter:
         """Keeps the accepted drafts' keys; the rest is overwritten later."""
         if proposal.width == 1:
             return
+        last_slots = self._last_slots()
         for row, accepted in enumerate(outcome.num_accepted):
             # The last draft was never fed, so at most width - 2 accepted drafts are cached.
             kept = self._root_slot[row] + 1 + min(accepted, proposal.width - 2)
-            self._num_cached[row] = min(kept, len(self._rows.host_tokens[row]) - 1)
+            self._num_cached[row] = min(kept, last_slots[row])
+
+    def _last_slots(self) -> list[int]:
+        """Where the last token of each row stands among those that this model reads."""
+        pairs = zip(self._rows.host_tokens, self._num_left_out, strict=True)
+        return [len(tokens) - 1 - left_out for tokens, left_out in pairs]
 
     def _next_law(self, scratch_BT: Tensor, depth: int) -> Tensor:
         """Feeds what is missing up to ``depth`` behind the root; returns the law of the next.
@@ -130,6 +157,8 @@ class ModelDrafter:
         num_fed = max(counts[row] for row in rows.active)
         ahead = torch.arange(num_fed, device=scratch_BT.device)
         index = (cached_B[:, None] + ahead).clamp(max=rows.capacity - 1)
+        if self._index_BT is not None:
+            index = self._index_BT.gather(1, index)
         ids = self._embeddable(scratch_BT.gather(1, index))
         logits = as_law_dtype(
             self.forward.extend({"input_ids": ids}, self._num_cached, counts, rows.active)
@@ -191,7 +220,7 @@ class EarlyExitDrafter(ModelDrafter):
             law,
             shared_noise=shared_noise,
             cache=target.cache,
-            place=target.place,
+            extras=PromptExtras(place=target.place),
         )
         self._target_cache = target.cache
         self._num_layers = num_layers
@@ -206,6 +235,23 @@ class EarlyExitDrafter(ModelDrafter):
     ) -> None:
         """The target's verification has cached everything."""
         self._num_cached = [len(tokens) - 1 for tokens in self._rows.host_tokens]
+
+
+def _without(rows: TokenRows, left_out: frozenset[int]) -> tuple[list[int], Tensor | None]:
+    """How many tokens of each prompt are left out, and which token of a row stands where then.
+
+    Returns:
+        The counts, and ``[B, T]`` indices; None where nothing is left out.
+    """
+    counts, table = [], []
+    for prompt in rows.host_tokens:
+        kept = [index for index, token in enumerate(prompt[:-1]) if token not in left_out]
+        counts.append(len(prompt) - 1 - len(kept))
+        behind = range(len(prompt) - 1, rows.capacity)
+        table.append([*kept, *behind, *[rows.capacity - 1] * counts[-1]])
+    if not any(counts):
+        return counts, None
+    return counts, torch.tensor(table, device=rows.tokens_BT.device)
 
 
 def first_layers(model: Any, num_layers: int) -> Any:
