@@ -349,6 +349,9 @@ def tiny_vlm(name: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.f
         # Initial values of the towers differ by family and may be next to nothing.
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
+    scale = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
+    # Gemma multiplies its embeddings; a token would then hear little but itself.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3 / scale**2)
     model.generation_config.pad_token_id = PAD
     return model.to(dtype).eval()
 

@@ -1,0 +1,174 @@
+"""Vision-language models: the tokens of `generate`, whatever the images and whoever drafts."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from tiny import tiny_model
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from vlm import IMAGE, tiny_vlm, request
+
+import mmspec
+from mmspec.adapters import vision_language
+
+#: Family -> how its positions go: as tokens are counted, or on the axes of an image.
+FAMILIES = {
+    "gemma3": "counted",
+    "glm_ocr": "axes",
+    "got_ocr2": "counted",
+    "idefics3": "counted",
+    "internvl": "counted",
+    "llava": "counted",
+    "llava_onevision": "counted",
+    "paddleocr_vl": "axes",
+    "paligemma": "counted",
+    "qwen2_5_vl": "axes",
+    "qwen2_vl": "axes",
+    "qwen3_vl": "axes",
+    "smolvlm": "counted",
+}
+AXES = [name for name, kind in FAMILIES.items() if kind == "axes"]
+#: One image, two of other sizes, none; the longest in the middle.
+ROWS = [
+    [1, 2, (2, 3), 3, 4, 1, 2],
+    [5, (2, 2), 6, (3, 2), 7, 8, 5, 6, 7],
+    [9, 8, 7, 9, 8],
+]
+DRAFTERS = ["ngram", "jacobi", {"name": "early_exit", "num_layers": 1}]
+NUM_NEW = 18
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def named(request):
+    return request.param, tiny_vlm(request.param)
+
+
+def decoded(model, inputs, custom_generate=None, **options):
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False} | options
+    return model.generate(**inputs, **options, custom_generate=custom_generate)
+
+
+def fixed(drafter, width=6, **options):
+    return mmspec.speculate(drafter, width=width, schedule="fixed", **options)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_greedy_equals_generate(named, num_rows):
+    name, model = named
+    rows = ROWS[:num_rows]
+    expected = decoded(model, request(name, rows))
+    num_accepted = 0
+    for drafter in DRAFTERS:
+        fast = fixed(drafter)
+        assert torch.equal(decoded(model, request(name, rows), fast), expected), drafter
+        num_accepted += fast.stats.num_accepted
+    assert num_accepted > 0
+    inputs = request(name, rows)
+    inputs["pixel_values"] = inputs["pixel_values"].flip(-1)
+    if num_rows > 1:
+        assert not torch.equal(decoded(model, inputs), expected), "the images must matter"
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_tokens_counted_in_one_row_would_be_wrong(name, monkeypatch):
+    model = tiny_vlm(name)
+    expected = decoded(model, request(name, ROWS))
+    monkeypatch.setattr(vision_language, "_place", lambda *args: None)
+    assert not torch.equal(decoded(model, request(name, ROWS), fixed("ngram")), expected)
+
+
+class OtherRequest(StoppingCriteria):
+    """What a request that is served in between leaves on the model."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.model.model.rope_deltas = torch.full((len(input_ids), 1), 7)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_positions_belong_to_the_request():
+    model = tiny_vlm("qwen2_5_vl")
+    expected = decoded(model, request("qwen2_5_vl", ROWS))
+    criteria = StoppingCriteriaList([OtherRequest(model)])
+    out = decoded(
+        model, request("qwen2_5_vl", ROWS), fixed("ngram"), stopping_criteria=criteria
+    )
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_a_seed_gives_the_same_tokens_with_every_drafter_and_in_every_batch(name):
+    model = tiny_vlm(name)
+
+    def sampled(rows, seeds, drafter):
+        fast = fixed(drafter, generator=[torch.Generator().manual_seed(s) for s in seeds])
+        inputs = request(name, rows)
+        out = decoded(model, inputs, fast, do_sample=True, top_p=0.9)
+        return out[:, inputs["input_ids"].shape[1] :]
+
+    expected = sampled(ROWS, [4, 5, 6], "none")
+    for drafter in DRAFTERS:
+        assert torch.equal(sampled(ROWS, [4, 5, 6], drafter), expected), drafter
+    assert torch.equal(sampled(ROWS[:1], [4], "jacobi"), expected[:1])
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "qwen2_5_vl"])
+def test_returned_sequences_share_the_images(name):
+    model = tiny_vlm(name)
+    seeds = [torch.Generator().manual_seed(s) for s in (4, 4, 5, 5)]
+    options = {"do_sample": True, "num_return_sequences": 2}
+    out = decoded(model, request(name, ROWS[:2]), fixed("ngram", generator=seeds), **options)
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[2], out[3])
+    seeds = [torch.Generator().manual_seed(s) for s in (4, 5)]
+    once = decoded(model, request(name, ROWS[:2]), fixed("none", generator=seeds), do_sample=True)
+    assert torch.equal(out[::2], once)
+
+
+# --------------------------------------------------------------------------- smaller models
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_clone_that_sees_the_images_is_accepted_wholly(name):
+    model = tiny_vlm(name)
+    drafter = {"name": "model", "model": copy.deepcopy(model), "visual_tokens": "all"}
+    fast = fixed(drafter)
+    out = decoded(model, request(name, ROWS), fast)
+    assert torch.equal(out, decoded(model, request(name, ROWS)))
+    assert fast.stats.num_target_forwards == 1 + -(-NUM_NEW // 6)
+
+
+def test_a_text_model_reads_the_text_only():
+    model, text = tiny_vlm("qwen2_vl"), tiny_model("Llama", vocab_size=50)
+    fed = []
+    text.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    inputs = request("qwen2_vl", ROWS)
+    expected = decoded(model, request("qwen2_vl", ROWS))
+    assert torch.equal(decoded(model, request("qwen2_vl", ROWS), fixed(text)), expected)
+    is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+    # The target's first token stands behind each prompt by then.
+    assert fed[0].shape == (3, int(is_text.sum(1).max()) + 1)
+
+
+# --------------------------------------------------------------------------- reused caches
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "gemma3", "paligemma"])
+def test_a_turn_behind_a_reused_cache(name):
+    """Where transformers' own assisted generation feeds the cached prefix twice."""
+    model = tiny_vlm(name)
+    caches = DynamicCache(config=model.config.text_config), DynamicCache(
+        config=model.config.text_config
+    )
+    turns = []
+    for cache, fast in zip(caches, (None, fixed("ngram")), strict=True):
+        first = decoded(model, request(name, ROWS[:1]), fast, past_key_values=cache)
+        ids = torch.cat([first, torch.tensor([[3, 4, 1, 2]])], dim=1)
+        second = decoded(model, {"input_ids": ids}, fast, past_key_values=cache)
+        turns.append(second)
+    assert torch.equal(turns[0], turns[1])
