@@ -1,12 +1,12 @@
 """Tiny random vision-language models of the real classes, and requests for them.
 
 A request is a list of rows; a row is a list of text tokens and images. An image is its size in
-placeholders, (height, width); families whose images have one size take `Family.side` of it.
+placeholders, (height, width), which families whose images have one size do not heed.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,11 +106,10 @@ class Family:
         class_name: Class in transformers.
         config: Makes its configuration.
         pictures: Makes the inputs of the vision tower.
-        side: Placeholders of an image, where all images have as many; None where they are grids.
+        num_placeholders: Placeholders of an image; None where its size says how many.
         pixels: Side of a picture.
         patch_shape: Shape of a flat patch.
         token_types: Name of the input that tells image tokens from text, if it is needed.
-        dtype: The model's type.
     """
 
     class_name: str
@@ -120,12 +119,6 @@ class Family:
     pixels: int = 8
     patch_shape: tuple[int, ...] = (24,)
     token_types: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def config(name: str, **options: Any) -> Callable[[], Any]:
-    """A configuration that is made anew each time."""
-    return lambda: getattr(transformers, f"{name}Config")(**options)
 
 
 def llama() -> Any:
@@ -177,9 +170,9 @@ def gemma3() -> Any:
     )
 
 
-def paligemma() -> Any:
+def paligemma(text_config: Any = None) -> Any:
     return transformers.PaliGemmaConfig(
-        text_config=transformers.GemmaConfig(**TEXT),
+        text_config=text_config or transformers.GemmaConfig(**TEXT),
         vision_config=siglip(projection_dim=32),
         image_token_index=IMAGE,
         vocab_size=VOCAB,
@@ -336,14 +329,10 @@ FAMILIES = {
 }
 
 
-def tiny_vlm(name: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.float64) -> Any:
-    """A random model whose next tokens depend on its images."""
-    torch.manual_seed(0)
+def tiny_vlm(name: str, **changes: Any) -> Any:
+    """A random model in float64 whose next tokens depend on its images."""
     family = FAMILIES[name]
-    settings = family.config()
-    if name != "got_ocr2":  # its tower is eager
-        settings._attn_implementation = attention
-    model = getattr(transformers, family.class_name)(settings)
+    model = getattr(transformers, family.class_name)(family.config(**changes))
     torch.manual_seed(1)
     for parameter in model.parameters():
         # Initial values of the towers differ by family and may be next to nothing.
@@ -353,7 +342,7 @@ def tiny_vlm(name: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.f
     # Gemma multiplies its embeddings; a token would then hear little but itself.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3 / scale**2)
     model.generation_config.pad_token_id = PAD
-    return model.to(dtype).eval()
+    return model.double().eval()
 
 
 def request(name: str, rows: Sequence[Row]) -> dict[str, Any]:

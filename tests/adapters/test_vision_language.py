@@ -7,7 +7,7 @@ import torch
 import transformers
 from tiny import tiny_model
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-from vlm import IMAGE, tiny_vlm, request
+from vlm import IMAGE, TEXT, VIDEO, request, tiny_vlm
 
 import mmspec
 from mmspec.adapters import vision_language
@@ -93,9 +93,7 @@ def test_positions_belong_to_the_request():
     model = tiny_vlm("qwen2_5_vl")
     expected = decoded(model, request("qwen2_5_vl", ROWS))
     criteria = StoppingCriteriaList([OtherRequest(model)])
-    out = decoded(
-        model, request("qwen2_5_vl", ROWS), fixed("ngram"), stopping_criteria=criteria
-    )
+    out = decoded(model, request("qwen2_5_vl", ROWS), fixed("ngram"), stopping_criteria=criteria)
     assert torch.equal(out, expected)
 
 
@@ -158,17 +156,122 @@ def test_a_text_model_reads_the_text_only():
 # --------------------------------------------------------------------------- reused caches
 
 
+def filled_cache(model, inputs, custom_generate=None):
+    cache = {"past_key_values": DynamicCache(config=model.config.text_config)}
+    return cache, decoded(model, inputs, custom_generate, **cache)
+
+
 @pytest.mark.parametrize("name", ["llava", "smolvlm", "gemma3", "paligemma"])
 def test_a_turn_behind_a_reused_cache(name):
     """Where transformers' own assisted generation feeds the cached prefix twice."""
     model = tiny_vlm(name)
-    caches = DynamicCache(config=model.config.text_config), DynamicCache(
-        config=model.config.text_config
-    )
-    turns = []
-    for cache, fast in zip(caches, (None, fixed("ngram")), strict=True):
-        first = decoded(model, request(name, ROWS[:1]), fast, past_key_values=cache)
+    outputs = []
+    for fast in (None, fixed("ngram")):
+        cache, first = filled_cache(model, request(name, ROWS[:1]), fast)
         ids = torch.cat([first, torch.tensor([[3, 4, 1, 2]])], dim=1)
-        second = decoded(model, {"input_ids": ids}, fast, past_key_values=cache)
-        turns.append(second)
-    assert torch.equal(turns[0], turns[1])
+        outputs.append(decoded(model, {"input_ids": ids}, fast, **cache))
+    assert torch.equal(*outputs)
+
+
+def test_a_new_image_behind_a_reused_cache():
+    model = tiny_vlm("llava")
+    second = request("llava", [[(1, 1), 6, 5]])
+    outputs = []
+    for fast in (None, fixed("ngram")):
+        cache, first = filled_cache(model, request("llava", ROWS[:1]), fast)
+        inputs = {
+            "input_ids": torch.cat([first, second["input_ids"]], dim=1),
+            "pixel_values": second["pixel_values"].flip(-1),
+        }
+        # The placeholders of the first image are cached; its features are not wanted again.
+        outputs.append(decoded(model, inputs, fast, **cache))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("qwen2_5_vl", [3, 4], "do not tell at which position an image ended; pass the whole"),
+        ("gemma3", [(1, 1), 5], "new images behind past_key_values are not supported for Gemma3"),
+    ],
+)
+def test_a_turn_that_the_cache_does_not_determine_is_refused(name, row, message):
+    model = tiny_vlm(name)
+    cache, first = filled_cache(model, request(name, ROWS[:1]))
+    inputs = request(name, [row])
+    inputs["input_ids"] = torch.cat([first, inputs["input_ids"]], dim=1)
+    images = {k: v for k, v in inputs.items() if k in ("input_ids", "pixel_values")}
+    with pytest.raises(ValueError, match=message):
+        decoded(model, images, fixed("ngram"), **cache)
+
+
+def test_text_behind_a_cache_is_not_placed_by_what_the_model_remembers():
+    """transformers starts the second turn where the image of another request ended."""
+    model = tiny_vlm("qwen2_vl")
+    text = {"input_ids": torch.tensor([[20, 21, 22]])}
+    cache, first = filled_cache(model, text)
+    decoded(model, request("qwen2_vl", ROWS[:1]))
+    assert int(model.model.rope_deltas) < 0
+    longer = {"input_ids": torch.cat([first, torch.tensor([[3, 4]])], dim=1)}
+    out = decoded(model, longer, fixed("ngram"), **cache)
+    assert torch.equal(out, decoded(model, longer))
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_scale": 2.0}, "guidance_scale is not supported for models that read images"),
+        ({"image_grid": torch.ones(1)}, "image_grid"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(changes, message):
+    model = tiny_vlm("llava")
+    with pytest.raises(ValueError, match=message):
+        decoded(model, request("llava", ROWS), fixed("ngram"), **changes)
+
+
+def test_a_family_that_is_not_known_is_refused_with_images_only(monkeypatch):
+    model = tiny_vlm("llava")
+    monkeypatch.delitem(mmspec.speculation._FAMILIES, "llava")
+    with pytest.raises(ValueError, match=r"model inputs not supported .*: mm_encoder_outputs"):
+        decoded(model, request("llava", ROWS), fixed("ngram"))
+    text = request("llava", ROWS[2:])
+    assert torch.equal(decoded(model, text, fixed("ngram")), decoded(model, text))
+
+
+def test_videos_are_refused():
+    model = tiny_vlm("qwen2_vl")
+    inputs = request("qwen2_vl", ROWS[:1])
+    inputs["input_ids"] = inputs["input_ids"].where(inputs["input_ids"] != IMAGE, VIDEO)
+    inputs["mm_token_type_ids"] *= 2
+    inputs["pixel_values_videos"] = inputs.pop("pixel_values")
+    inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
+    with pytest.raises(ValueError, match="videos are not supported for Qwen2VLFor"):
+        decoded(model, inputs, fixed("ngram"))
+
+
+def test_layers_without_masks_of_their_own_are_refused():
+    """PaliGemma 2: the family's forward takes one mask, and its layers are of two kinds."""
+    model = tiny_vlm("paligemma", text_config=transformers.Gemma2Config(**TEXT, sliding_window=5))
+    with pytest.raises(
+        ValueError, match=r"full_attention, sliding_attention layers takes no masks by layer"
+    ):
+        decoded(model, request("paligemma", ROWS), fixed("ngram"))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "row", "visual_tokens", "message"),
+    [
+        ("llava", 0, "half", "unknown visual_tokens 'half'; known: none, all"),
+        ("llava", 2, "all", "needs prompts with images, and none are there"),
+        ("qwen2_vl", 0, "all", "Qwen2VLForConditionalGeneration does not read the images of Llava"),
+    ],
+)
+def test_a_model_drafter_that_cannot_see_is_refused(drafter, row, visual_tokens, message):
+    model = tiny_vlm("llava")
+    drafter = {"name": "model", "model": tiny_vlm(drafter), "visual_tokens": visual_tokens}
+    with pytest.raises(ValueError, match=message):
+        decoded(model, request("llava", ROWS[row : row + 1]), fixed(drafter))
