@@ -64,6 +64,7 @@ _KNOWN_INPUTS = frozenset(
     {
         "attention_mask",
         "cache_position",
+        "labels",
         "logits_to_keep",
         "past_key_values",
         "position_ids",
