@@ -82,11 +82,11 @@ def build_drafter(
     cls = getattr(importlib.import_module(module), class_name)
     vocab_size = target.vocab_size
     extras: PromptExtras | None = getattr(target, "extras", None)
+    placeholders = () if extras is None else extras.placeholders
     arguments: tuple[Any, ...] = (rows, vocab_size)
     if name == "none":
         pass
     elif name == "ngram":
-        placeholders = () if extras is None else extras.placeholders
         options = {"placeholders": placeholders} | options
     elif name == "jacobi":
         options = {
@@ -110,6 +110,8 @@ def build_drafter(
         options = {"shared_noise": shared_noise} | options
         if name == "model" and extras is not None:
             options |= _sight(options.pop("visual_tokens", "none"), model, extras)
+        elif name == "cross_tokenizer":
+            options["placeholders"] = placeholders
     try:
         return cls(*arguments, **options)
     except TypeError as error:

@@ -8,6 +8,7 @@ import transformers
 from tiny import tiny_model
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from vlm import IMAGE, TEXT, VIDEO, request, tiny_vlm
+from vlm_processors import tokenizer
 
 import mmspec
 from mmspec.adapters import vision_language
@@ -153,6 +154,34 @@ def test_a_text_model_reads_the_text_only():
     assert fed[0].shape == (3, int(is_text.sum(1).max()) + 1)
 
 
+def test_a_text_model_of_another_tokenizer_reads_the_text_only():
+    model, text = tiny_vlm("qwen2_vl"), tiny_model("Llama", vocab_size=61)
+    fed = []
+    text.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    drafter = {
+        "name": "cross_tokenizer",
+        "model": text,
+        "tokenizer": tokenizer(),
+        "target_tokenizer": tokenizer(),
+    }
+    inputs = request("qwen2_vl", ROWS)
+    expected = decoded(model, request("qwen2_vl", ROWS))
+    assert torch.equal(decoded(model, request("qwen2_vl", ROWS), fixed(drafter)), expected)
+    assert not torch.isin(fed[0], torch.tensor([IMAGE])).any()
+    is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+    assert fed[0].shape == (3, int(is_text.sum(1).max()) + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_compiled_steps_give_the_same_tokens(name):
+    model = tiny_vlm(name)
+    expected = decoded(model, request(name, ROWS))
+    assert torch.equal(decoded(model, request(name, ROWS), fixed("jacobi", compile=True)), expected)
+
+
 # --------------------------------------------------------------------------- reused caches
 
 
@@ -167,9 +196,12 @@ def test_a_turn_behind_a_reused_cache(name):
     model = tiny_vlm(name)
     outputs = []
     for fast in (None, fixed("ngram")):
-        cache, first = filled_cache(model, request(name, ROWS[:1]), fast)
-        ids = torch.cat([first, torch.tensor([[3, 4, 1, 2]])], dim=1)
-        outputs.append(decoded(model, {"input_ids": ids}, fast, **cache))
+        cache, first = filled_cache(model, request(name, ROWS), fast)
+        inputs = {"input_ids": torch.cat([first, torch.tensor([[3, 4, 1, 2]] * 3)], dim=1)}
+        mask = request(name, ROWS)["attention_mask"]
+        behind = torch.ones(3, inputs["input_ids"].shape[1] - mask.shape[1], dtype=torch.long)
+        inputs["attention_mask"] = torch.cat([mask, behind], dim=1)
+        outputs.append(decoded(model, inputs, fast, **cache))
     assert torch.equal(*outputs)
 
 
