@@ -18,7 +18,7 @@ def bundled_names() -> tuple[str, ...]:
     """Name every bundled folder, in alphabetical order.
 
     Returns:
-        The names that `bundled_path` knows, e.g. `("avatars", "prompts")`.
+        The names that `bundled_path` knows, e.g. `("avatars", "emoji", "prompts")`.
     """
     return tuple(
         sorted(

@@ -6,16 +6,29 @@ Results go to standard output, everything else to standard error.
 
 import importlib
 import json
-import logging
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from mmspec.cli_common import (
+    KNOWN_IMAGE_MODELS,
+    KNOWN_TEXT_MODELS,
+    BatchOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    SeedOption,
+    examples,
+    loader,
+    note,
+    one_line_reasons,
+    quiet,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,14 +40,6 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench", help="Measure; ends with one JSON line.")
-
-KNOWN_TEXT_MODELS = "smollm2, a folder, or a hub id OWNER/NAME"
-KNOWN_IMAGE_MODELS = "bundled:avatars, a folder, or a hub id OWNER/NAME"
-
-
-def _examples(*lines: str) -> str:
-    """An epilog that keeps its lines (that is what the backspace mark tells typer)."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _show_version(wanted: bool) -> None:
@@ -53,73 +58,6 @@ def _main(
     """Takes the options that stand before a command."""
 
 
-SeedOption = Annotated[int, typer.Option(help="Same seed, same output, whatever the speed.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line, for scripts.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback on failure.")]
-DtypeOption = Annotated[
-    str,
-    typer.Option(help="float32, bfloat16, ...; below float32, rounding may change a token."),
-]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, mps.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Requests of a file decoded together.")]
-
-
-@contextmanager
-def one_line_reasons(debug: bool) -> Iterator[None]:
-    """Turns exceptions into one line and an exit code: 2 for a bad argument, else 1."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if debug or hasattr(error, "exit_code"):  # the latter are typer's own usage errors
-            raise
-        typer.echo(f"mmspec: {one_line(error)}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
-
-
-def one_line(error: BaseException) -> str:
-    """The reason of a failure in one line; install hints are kept whole."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    if isinstance(error, ImportError):
-        return "; ".join(lines).replace(":; ", ": ")
-    return lines[0]
-
-
-def _quiet() -> None:
-    """Libraries keep their bars and notes to themselves; our own warnings are shown."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("mmspec: %(message)s"))
-    logging.getLogger("mmspec").handlers[:] = [handler]
-
-
-def _load(pipeline: str, model: str, known: str, dtype: str, device: str) -> Any:
-    """Loads a pipeline; a model that cannot be had is reported by name with what can."""
-    is_name = not model.startswith(("bundled:", "smollm2")) and "/" not in model
-    if is_name and not Path(model).is_dir():
-        raise ValueError(f"unknown model {model!r}; known: {known}")
-    _quiet()
-    import torch
-
-    import mmspec.pipelines
-
-    number_type = getattr(torch, dtype, None)
-    if not isinstance(number_type, torch.dtype) or not number_type.is_floating_point:
-        raise ValueError(f"unknown dtype {dtype!r}; known: float32, bfloat16, float16, float64")
-    try:
-        pipe = getattr(mmspec.pipelines, pipeline).from_pretrained(model, dtype=number_type)
-    except OSError as error:
-        raise OSError(f"cannot load {model!r}: {one_line(error)} Known: {known}.") from error
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    return pipe.to(device) if device != "cpu" else pipe
-
-
 def _one_source(prompt: str | None, file: Path | None) -> None:
     if (prompt is None) == (file is None):
         raise typer.BadParameter(
@@ -127,13 +65,9 @@ def _one_source(prompt: str | None, file: Path | None) -> None:
         )
 
 
-def _note(line: str) -> None:
-    typer.echo(line, err=True)
-
-
 # ---------------------------------------------------------------------------------------- text
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         'mmspec text "Write a haiku about a lighthouse."',
         'mmspec text "Tell me a story." --temperature 0.8 --seed 7 --stream',
         "mmspec text --file prompts.txt --out answers.jsonl",
@@ -185,23 +119,11 @@ def text(
         options = {"temperature": temperature, "stop": stop or [], "drafter": drafter}
         settings = {"model": model, "dtype": dtype, "max_new_tokens": max_new_tokens, "seed": seed}
         settings |= options | {"raw": raw}
-        load = _loader("SpeculativeTextPipeline", model, KNOWN_TEXT_MODELS, dtype, device)
+        load = loader("SpeculativeTextPipeline", model, KNOWN_TEXT_MODELS, dtype, device)
         if file is not None and out is not None:
             _text_file(load, file, out, settings, options, batch_size, as_json)
         else:
-            _text_once(load(), str(prompt), out, settings, options, stream, as_json)
-
-
-def _loader(*arguments: str) -> Callable[[], Any]:
-    """Loads at the first call and gives the same pipeline afterwards."""
-    loaded: list[Any] = []
-
-    def load() -> Any:
-        if not loaded:
-            loaded.append(_load(*arguments))
-        return loaded[0]
-
-    return load
+            _text_once(load, str(prompt), out, settings, options, stream, as_json)
 
 
 def _text_file(
@@ -213,7 +135,8 @@ def _text_file(
     batch_size: int,
     as_json: bool,
 ) -> None:
-    from mmspec.jobs import read_items, run_text_file
+    from mmspec.jobs import read_items
+    from mmspec.jobs.text import run_text_file
 
     started = time.perf_counter()
     new, old = run_text_file(
@@ -225,7 +148,7 @@ def _text_file(
         max_new_tokens=settings["max_new_tokens"],
         batch_size=batch_size,
         raw=settings["raw"],
-        report=_note,
+        report=note,
         **options,
     )
     seconds = time.perf_counter() - started
@@ -238,7 +161,7 @@ _STREAMED = {"skip_prompt": True, "skip_special_tokens": True}
 
 
 def _text_once(
-    pipe: Any,
+    load: Callable[[], Any],
     prompt: str,
     out: Path | None,
     settings: dict[str, Any],
@@ -246,8 +169,12 @@ def _text_once(
     stream: bool,
     as_json: bool,
 ) -> None:
-    from mmspec.jobs import as_request, generators
+    from mmspec.jobs import check_writable, generators
+    from mmspec.jobs.text import as_request
 
+    if out is not None:
+        check_writable(out.parent)
+    pipe = load()
     shown = stream and not as_json and out is None
     if shown:
         from transformers import TextStreamer
@@ -264,11 +191,10 @@ def _text_once(
         fields = {"text": answer, "tokens": result.tokens[0].tolist(), "settings": settings}
         answer = json.dumps(fields | {"stats": result.stats.to_dict()}, ensure_ascii=False)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(answer + "\n", encoding="utf-8")
     elif not shown:
         typer.echo(answer)
-    _note(_stat_line(result.stats))
+    note(_stat_line(result.stats))
 
 
 def _stat_line(stats: Any) -> str:
@@ -281,39 +207,66 @@ def _stat_line(stats: Any) -> str:
 
 # --------------------------------------------------------------------------------------- image
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         'mmspec image "a pixel avatar with red hair and glasses" --num 8 --out avatars.png',
         'mmspec image "an avatar with a blue hat" --num 4 --out folder/ --steps-map',
-        "mmspec image --file prompts.txt --out folder/",
+        "mmspec image --prompts prompts.jsonl --out folder/",
+        'mmspec image "a blue hat" --out hat.png --preview hat.gif --preview-every 2',
+        "mmspec image --show folder/0000-01.png",
         "",
-        "Image k (from 0) of a prompt uses the seed SEED + k, alone or in a batch. Every PNG has",
-        "prompt, seed, decoder, window, guidance, model and version in its text chunks. With",
-        "--out as a folder, files that are there with the same metadata are not made again.",
+        "A file has one prompt per line, or with .jsonl one object per line with `prompt` and",
+        "optionally `negative_prompt`, `seed`, `height`, `width`; a line without them takes those",
+        "of the options. Image k (from 0) of a prompt uses the seed SEED + k, alone or in a batch.",
+        "",
+        "Start the same command again after a kill: what is in the folder is not made again.",
+        "Other settings in the same folder are refused. Every PNG has in its text chunks how it",
+        "was made; --show prints them.",
     )
 )
 def image(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Prompts, .txt or .jsonl.")
+        Path | None,
+        typer.Option(
+            "--prompts", "--file", exists=True, dir_okay=False, help="Prompts, .txt or .jsonl."
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="A .png for one contact sheet, or a folder for single files.")
     ] = Path("image.png"),
     num: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance steers away from, for models that take one.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels, for models that make several sizes.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, likewise.")] = None,
     model: Annotated[str, typer.Option(help=f"{KNOWN_IMAGE_MODELS}.")] = "bundled:avatars",
     guidance: Annotated[float, typer.Option(min=0.0, help="1 switches guidance off.")] = 3.0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     decoder: Annotated[
         str,
-        typer.Option(help="exact; coupled or sjd (same law, other images); sequential (plain)."),
+        typer.Option(
+            help="exact; coupled or sjd (same law, other images); sequential (plain); "
+            "lossy-grouped or lossy-rows (another law)."
+        ),
     ] = "exact",
     window: Annotated[
-        int | None, typer.Option(min=1, help="Codes per forward; left out, by the grid's size.")
+        int | None, typer.Option(min=1, help="Codes per forward; left out, chosen as it runs.")
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Enlarge, keeping pixels square.")] = 16,
     steps_map: Annotated[
         bool, typer.Option("--steps-map", help="Also draw which step made which part.")
     ] = False,
+    preview: Annotated[
+        Path | None, typer.Option(help="Draw the sheet as it fills: a .png, or a .gif of it all.")
+    ] = None,
+    preview_every: Annotated[int, typer.Option(min=1, help="Steps between drawings.")] = 4,
+    show: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Print how a PNG was made, and stop."),
+    ] = None,
     batch_size: BatchOption = 8,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
@@ -324,15 +277,21 @@ def image(
     """Draw a prompt, or a file of prompts, with an autoregressive image model.
 
     The images are those of plain decoding with the same seeds; --decoder and --window change how
-    fast they come (but for `coupled` and `sjd`, which keep the law and not the seed's image).
+    fast they come (but for `coupled` and `sjd`, which keep the law and not the seed's image, and
+    the lossy decoders, which keep neither).
     """
+    if show is not None:
+        with one_line_reasons(debug):
+            _show_image(show, as_json)
+        return
     _one_source(prompt, file)
-    if file is not None and out.suffix.lower() == ".png":
-        raise typer.BadParameter("a file of prompts needs a folder", param_hint="--out")
+    is_sheet = out.suffix.lower() == ".png"
+    if preview is not None and not is_sheet:
+        raise typer.BadParameter("needs one sheet, --out FILE.png", param_hint="--preview")
     with one_line_reasons(debug):
-        from mmspec.jobs import ImageSettings, image_prompts, run_image_files, save_sheet
+        from mmspec.jobs import image as jobs
 
-        settings = ImageSettings(
+        settings = jobs.ImageSettings(
             model=model,
             decoder=decoder,
             window=window,
@@ -342,26 +301,44 @@ def image(
             dtype=dtype,
         )
         settings.check()
-        prompts = [str(prompt)] if file is None else image_prompts(file)
-        load = _loader("SpeculativeImagePipeline", model, KNOWN_IMAGE_MODELS, dtype, device)
-        save = save_sheet if out.suffix.lower() == ".png" else run_image_files
-        summary = save(
-            load,
-            prompts,
-            out,
-            num=num,
-            seed=seed,
-            settings=settings,
-            batch_size=batch_size,
-            steps_map=steps_map,
-            report=_note,
-        )
+        shared: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": seed}
+        shared |= {"height": height, "width": width}
+        run: dict[str, Any] = {
+            "load": loader("SpeculativeImagePipeline", model, KNOWN_IMAGE_MODELS, dtype, device),
+            "requests": jobs.read_requests(file, shared)
+            if file is not None
+            else [jobs.ImageRequest(prompt=str(prompt), **shared)],
+            "out": out,
+            "num": num,
+            "settings": settings,
+            "batch_size": batch_size,
+            "steps_map": steps_map,
+            "report": note,
+        }
+        if is_sheet:
+            drawn = None if preview is None else jobs.Preview(preview, every=preview_every)
+            summary = jobs.save_sheet(**run, preview=drawn)
+        else:
+            summary = jobs.run_image_files(**run)
         typer.echo(json.dumps(summary.to_dict()) if as_json else summary.line())
+
+
+def _show_image(path: Path, as_json: bool) -> None:
+    """Prints the text chunks of a PNG."""
+    from mmspec.pictures import read_png_metadata
+
+    chunks = read_png_metadata(path)
+    if not chunks:
+        raise ValueError(f"{path} is no PNG that says how it was made")
+    if as_json:
+        typer.echo(json.dumps(chunks, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(f"{name}: {value}" for name, value in chunks.items()))
 
 
 # ---------------------------------------------------------------------------------------- demo
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "mmspec demo",
         "mmspec demo --quick --out /tmp/demo",
         "",
@@ -383,11 +360,11 @@ def demo(
     and it says how to install it. Exit code 1 if any token differs.
     """
     with one_line_reasons(debug):
-        _quiet()
+        quiet()
         from mmspec.demo import run_demo
 
         report = run_demo(
-            out, quick=quick, seed=seed, text_model=text_model, image_model=image_model, note=_note
+            out, quick=quick, seed=seed, text_model=text_model, image_model=image_model, note=note
         )
         typer.echo(json.dumps(report.to_dict()) if as_json else report.table())
         if not report.is_same:
@@ -395,7 +372,7 @@ def demo(
 
 
 # -------------------------------------------------------------------------------------- models
-@app.command(epilog=_examples("mmspec models", "mmspec models --json --out models.json"))
+@app.command(epilog=examples("mmspec models", "mmspec models --json --out models.json"))
 def models(
     out: Annotated[Path | None, typer.Option(help="Write here instead of the terminal.")] = None,
     as_json: JsonOption = False,
@@ -433,7 +410,7 @@ _FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_op
 def _bench(context: typer.Context, name: str) -> None:
     """Hands the arguments on to `mmspec.bench.NAME.run`."""
     with one_line_reasons("--debug" in context.args):
-        _quiet()
+        quiet()
         command = typer.Typer(
             add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
         )

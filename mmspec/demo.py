@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from mmspec.assets import bundled_path
-from mmspec.jobs import as_request, generators, read_items
+from mmspec.jobs import generators, read_items
+from mmspec.jobs.text import as_request
 from mmspec.page import DemoReport, ImageSample, Run, Section, TextSample, render
 from mmspec.pipelines.image import SpeculativeImagePipeline
 from mmspec.pipelines.text import SpeculativeTextPipeline

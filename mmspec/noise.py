@@ -24,6 +24,7 @@ class Salt:
     RESIDUAL = 2
     DRAFT = 3
     BLOCK = 4
+    EMBED = 5
 
 
 def _signed(value: int, bits: int) -> int:
@@ -148,6 +149,25 @@ def gumbel(
     return _unit_interval(x).neg_().log1p_().neg_().log_().neg_()
 
 
+def gaussian(
+    keys_B: Int[Tensor, "B"],
+    positions_BN: Int[Tensor, "B N"],
+    num_channels: int,
+    salt: int = Salt.EMBED,
+) -> Float[Tensor, "B N H"]:
+    """Counter-based standard normal noise, float32: one number per channel of a position.
+
+    Args:
+        keys_B: Row keys of `row_keys`.
+        positions_BN: Absolute positions.
+        num_channels: H.
+        salt: One of `Salt`.
+    """
+    exponential = gumbel(keys_B, positions_BN, num_channels, salt).neg_().exp_()
+    # The uniform behind the exponential: it reaches neither 0 nor 1, so every value is finite.
+    return torch.special.ndtri(exponential.neg_().expm1_().neg_())
+
+
 class NoiseWindow:
     """Choice noise of the coming positions of every row, made once per position and kept.
 
@@ -202,9 +222,7 @@ class NoiseWindow:
             self._make(lengths_B, host_lengths, reach + self._ahead, missing + self._ahead)
         size = self._ring_BRV.shape[1]
         first = (host_lengths[0] + offset) % size
-        if first + num_positions <= size and host_lengths.count(host_lengths[0]) == len(
-            host_lengths
-        ):
+        if len(set(host_lengths)) == 1 and first + num_positions <= size:
             # Rows of one length want the same piece of the ring.
             return self._ring_BRV.narrow(1, first, num_positions)
         position_BN = lengths_B[:, None] + torch.arange(offset, reach, device=lengths_B.device)

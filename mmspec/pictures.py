@@ -8,7 +8,8 @@ import base64
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,45 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str]) 
         path: Where to; its folder is made if needed.
         metadata: Keyword (up to 79 Latin letters) to text.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     chunks = PngInfo()
     for key, value in metadata.items():
         chunks.add_text(key, value)
+    with _whole(Path(path)) as building:
+        image.save(building, format="PNG", pnginfo=chunks)
+
+
+def save_gif(frames: Sequence[Image.Image], path: str | Path, *, frame_ms: int = 120) -> None:
+    """Writes a film that begins again after two seconds; the file appears whole or not at all.
+
+    Args:
+        frames: At least one, of one size.
+        path: Where to; its folder is made if needed.
+        frame_ms: Milliseconds of each frame.
+
+    Raises:
+        ValueError: If there is no frame.
+    """
+    if not frames:
+        raise ValueError("a film needs at least one frame")
+    durations = [frame_ms] * (len(frames) - 1) + [2000]
+    with _whole(Path(path)) as building:
+        frames[0].save(
+            building,
+            format="GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=durations,
+            loop=0,
+        )
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to, moved to its place if all goes well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        image.save(building, format="PNG", pnginfo=chunks)
+        yield building
         building.replace(path)
     finally:
         building.unlink(missing_ok=True)

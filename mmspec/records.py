@@ -8,6 +8,7 @@ Shape suffixes, used in the whole core:
     N  nodes fed to the target in one forward, the root included
     M  longest path through a draft, the root included (a chain has M == N)
     V  vocabulary
+    H  channels of an embedding
     T  capacity of a row in tokens
 """
 
@@ -58,9 +59,13 @@ class Proposal:
         is_chain: Every row is a chain (parent of n is n - 1); commit then moves nothing.
         draft_probs_BNV: Law from which the children of each node were sampled, or None where the
             draft is deterministic (the law is then one-hot at each child).
+        settled_BN: Drafts that a lossy rule settled in an earlier step, or None.
         num_drafted: Real drafts per row, on the host (the drafter knows it without a read).
         num_levels: Deepest draft per row, on the host; equals ``num_drafted`` for chains.
         branching: Most children that any node has, on the host.
+        noisy_BNH: What to feed, instead of its token, where a node is not valid: embeddings that
+            stand for no token yet. A target that does not know them feeds the tokens; nothing
+            that is accepted depends on it.
     """
 
     tokens_BN: torch.Tensor
@@ -73,6 +78,8 @@ class Proposal:
     num_levels: tuple[int, ...]
     branching: int = 1
     draft_probs_BNV: torch.Tensor | None = None
+    settled_BN: torch.Tensor | None = None
+    noisy_BNH: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -107,6 +114,8 @@ class Verdict:
         emitted_BM: ``choices_BN`` along that path: the accepted drafts and then the bonus token.
         num_accepted_B: Accepted drafts, so ``num_accepted_B + 1`` tokens are emitted.
         law_logits_BNV: The law the rule decided by (log scale, masked entries -inf).
+        settled_BN: Choices that stand although what is before them may still change; for lossy
+            rules only, else None.
     """
 
     choices_BN: torch.Tensor
@@ -114,6 +123,7 @@ class Verdict:
     emitted_BM: torch.Tensor
     num_accepted_B: torch.Tensor
     law_logits_BNV: torch.Tensor
+    settled_BN: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

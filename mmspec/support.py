@@ -9,6 +9,9 @@ from dataclasses import dataclass
 _CAUSAL_TEST = "tests/adapters/test_causal_lm.py::test_greedy_equals_generate"
 _IMAGE_TEST = "tests/test_support.py::test_image_model_keeps_its_tokens"
 _EMU3_TEST = "tests/pipelines/test_image_emu3.py::test_greedy_is_that_of_transformers"
+_CHAMELEON_TEST = (
+    "tests/pipelines/test_image_chameleon.py::test_greedy_is_that_of_the_decoder_and_the_head"
+)
 _VLM_TEST = "tests/adapters/test_vision_language.py::test_greedy_equals_generate"
 _TINY = "tiny random weights against generate(), greedy, single rows and ragged batches"
 
@@ -101,6 +104,15 @@ SUPPORT = (
         pipeline="SpeculativeImagePipeline",
         tested="tiny random weights against generate() (greedy) and plain decoding (sampled)",
         test=_EMU3_TEST,
+    ),
+    SupportRow(
+        family="Chameleon",
+        class_name="ChameleonForConditionalGeneration",
+        adapter="image_chameleon",
+        pipeline="SpeculativeImagePipeline",
+        tested="tiny random weights against a plain loop over its decoder and head (greedy) and "
+        "plain decoding (sampled); pixels need a supplied image_decoder",
+        test=_CHAMELEON_TEST,
     ),
     _vision("LLaVA", "llava", "Llava"),
     _vision("LLaVA-OneVision", "llava_onevision", "LlavaOnevision"),

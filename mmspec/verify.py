@@ -44,7 +44,7 @@ class SeededMatch:
         noise = None
         if not self.law.is_greedy:
             noise = node_noise(self.rows, proposal, law_logits.shape[-1])
-        return _walked(proposal, sample(law_logits, noise), law_logits)
+        return walked(proposal, sample(law_logits, noise), law_logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class SpeculativeSampling:
     def verify(self, proposal: Proposal, scores: Scores) -> Verdict:
         """Decides without a host read."""
         law_logits = self.law(scores.logits_BNV, self.rows.context(proposal, scores.positions_BN))
-        return _walked(proposal, self.choices(proposal, scores, law_logits), law_logits)
+        return walked(proposal, self.choices(proposal, scores, law_logits), law_logits)
 
     def choices(self, proposal: Proposal, scores: Scores, law_logits: Tensor) -> Tensor:
         """The token after each node."""
@@ -79,20 +79,26 @@ class SpeculativeSampling:
         noise = node_noise(self.rows, proposal, vocab_size, Salt.RESIDUAL)
         next_BN = scores.positions_BN + 1
         children_BNK = children_of(proposal)
-        num_tries = children_BNK.shape[-1]
-        tests = torch.stack(
+        tokens_BNK = proposal.tokens_BN[:, None].expand(-1, proposal.width, -1)
+        tokens_BNK = tokens_BNK.gather(2, children_BNK.clamp(min=0))
+        # The root is nobody's child, and its token may lie outside the vocabulary.
+        tokens_BNK = torch.where(children_BNK >= 0, tokens_BNK, 0)
+        tests = self.tests(target_probs, draft_probs, tokens_BNK, next_BN)
+        return residual_choices(
+            target_probs, draft_probs, tokens_BNK, children_BNK >= 0, tests, noise
+        )
+
+    def tests(
+        self, target_probs: Tensor, draft_probs: Tensor, tokens_BNK: Tensor, next_BN: Tensor
+    ) -> Tensor:
+        """One uniform per child; it is accepted where ``test * draft <= target``."""
+        num_tries = tokens_BNK.shape[-1]
+        return torch.stack(
             [
                 uniform(self.rows.keys_B, next_BN * num_tries + k, Salt.ACCEPT, self.rows.step)
                 for k in range(num_tries)
             ],
             dim=-1,
-        )
-        tokens_BNK = proposal.tokens_BN[:, None].expand(-1, proposal.width, -1)
-        tokens_BNK = tokens_BNK.gather(2, children_BNK.clamp(min=0))
-        # The root is nobody's child, and its token may lie outside the vocabulary.
-        tokens_BNK = torch.where(children_BNK >= 0, tokens_BNK, 0)
-        return residual_choices(
-            target_probs, draft_probs, tokens_BNK, children_BNK >= 0, tests, noise
         )
 
 
@@ -111,7 +117,17 @@ class IndependentRedraft(SpeculativeSampling):
 
     Positions behind the first rejection are drawn afresh from their new law, independently of what
     stood there.
+
+    Attributes:
+        law: The target's.
+        rows: The rows.
+        guarantee: Of the rule.
+        shared_noise: Draw a position with the same noise in every step, so that it moves only as
+            far as its law does (the Gumbel coupling of SCD, arXiv 2510.24211). The noise of a
+            position decides nothing before it, so the law is kept.
     """
+
+    shared_noise: bool = False
 
     def verify(self, proposal: Proposal, scores: Scores) -> Verdict:
         """Decides without a host read."""
@@ -119,7 +135,8 @@ class IndependentRedraft(SpeculativeSampling):
         if self.law.is_greedy:
             return verdict
         law_logits = verdict.law_logits_BNV
-        noise = node_noise(self.rows, proposal, law_logits.shape[-1], Salt.DRAFT)
+        salt = Salt.CHOICE if self.shared_noise else Salt.DRAFT
+        noise = node_noise(self.rows, proposal, law_logits.shape[-1], salt)
         is_behind = proposal.depth_BN > verdict.num_accepted_B[:, None]
         choices = torch.where(is_behind, sample(law_logits, noise), verdict.choices_BN)
         return Verdict(
@@ -156,7 +173,7 @@ class BlockVerification:
             noise = None
             if not self.law.is_greedy:
                 noise = node_noise(self.rows, proposal, law_logits.shape[-1])
-            return _walked(proposal, sample(law_logits, noise), law_logits)
+            return walked(proposal, sample(law_logits, noise), law_logits)
         next_BN = scores.positions_BN + 1
         tests = uniform(self.rows.keys_B, next_BN, Salt.BLOCK, self.rows.step)
         noise = node_noise(self.rows, proposal, law_logits.shape[-1], Salt.RESIDUAL)
@@ -337,7 +354,10 @@ def block_choices(
     return emitted, num_accepted_B
 
 
-def _walked(proposal: Proposal, choices_BN: Tensor, law_logits: Tensor) -> Verdict:
+def walked(
+    proposal: Proposal, choices_BN: Tensor, law_logits: Tensor, settled_BN: Tensor | None = None
+) -> Verdict:
+    """The verdict of a rule that chose these tokens: drafts are accepted while they equal them."""
     path_BM, num_accepted_B = tree.walk(proposal, choices_BN)
     return Verdict(
         choices_BN=choices_BN,
@@ -345,4 +365,5 @@ def _walked(proposal: Proposal, choices_BN: Tensor, law_logits: Tensor) -> Verdi
         emitted_BM=choices_BN if proposal.is_chain else choices_BN.gather(1, path_BM),
         num_accepted_B=num_accepted_B,
         law_logits_BNV=law_logits,
+        settled_BN=settled_BN,
     )

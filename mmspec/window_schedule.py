@@ -27,8 +27,9 @@ def settled_units(width: int, endless: float) -> float:
         endless: Units per step of a window without end, which is how deep dependencies between
             neighbours reach; 1 where no guess is ever right.
     """
-    reach = width**WindowMemory.POWER
-    return endless * reach / (endless + reach - 1)
+    reach, bend = width**WindowMemory.POWER, WindowMemory.BEND
+    share = reach**-bend
+    return float((share + (1 - share) * endless**-bend) ** (-1 / bend))
 
 
 class WindowMemory:
@@ -40,14 +41,16 @@ class WindowMemory:
         units: Units of these row-steps.
     """
 
-    #: Growth of the units with the width where nothing limits them.
-    POWER = 0.75
+    #: Growth of the units with the width where nothing limits them, and how sharply the curve
+    #: bends to its limit.
+    POWER = 0.55
+    BEND = 3.0
     #: Steps of one width whose median is its cost, and how many of them a new call takes over.
     KEPT = 9
     CARRIED = 3
     #: Units of an endless window before any evidence, and the row-steps that this guess counts.
-    PRIOR_ENDLESS = 6.0
-    PRIOR_TRIALS = 2.0
+    PRIOR_ENDLESS = 8.0
+    PRIOR_TRIALS = 8.0
     #: Row-steps of a width after which half of its deviation from the curve is believed.
     TRUST_TRIALS = 200.0
     #: Row-steps remembered at most.
@@ -152,9 +155,15 @@ class WindowSchedule:
     """Takes the width that brings most units per second, for the rows that are still going on."""
 
     #: A width must be this much better than the present one to replace it.
-    MARGIN = 1.04
-    #: Widths of the first two steps where nothing is known of the costs.
-    PROBES = (1, 8)
+    MARGIN = 1.08
+    #: Widths of the first steps where nothing is known of the costs. Two of each, for the first
+    #: of a width may hold a compilation. Plain ones come second: the first window accepts guesses
+    #: that are right from the start, the next ones hardly any, however wide they are.
+    PROBES = (8, 1, 1, 8, 32, 32)
+    #: A wider window is not probed where the widest one so far costs more plain steps than this.
+    DEAR = 2.5
+    #: Largest width over the largest one whose cost was measured: a line is no proof.
+    STRIDE = 2
     #: Steps at the beginning, and after a change of width, that say nothing about what a settled
     #: window brings.
     BEGINNING = 10
@@ -185,6 +194,7 @@ class WindowSchedule:
         self._widths = [b for b in BUCKETS if b < max_width] + [max_width]
         self._remaining = remaining
         self._num_active = num_active
+        self._probes = [] if self.memory.costs else list(self.PROBES)
         self._has_begun = False
         self._width = 0
         self._steps = 0
@@ -212,18 +222,31 @@ class WindowSchedule:
             self.memory.count(record.width, num_rows, sum(record.num_emitted))
 
     def _chosen_width(self, num_rows: int) -> int:
-        seen = {width for _, width in self.memory.costs}
-        for probe in self.PROBES:
-            if not any(width == 1 if probe == 1 else width > 1 for width in seen):
-                return min(probe, self._widths[-1])
+        probe = self._probe(num_rows)
+        if probe is not None:
+            return probe
         units = self.memory.expected()
         rates = {}
         for width in self._widths:
             cost = self.memory.cost(num_rows, width)
             rates[width] = units(width) / cost if cost else math.inf
         best = max(rates, key=lambda width: rates[width])
-        stays = rates[best] <= self.MARGIN * rates.get(self._width, 0.0)
-        return self._width if stays else best
+        if rates[best] <= self.MARGIN * rates.get(self._width, 0.0):
+            return self._width
+        widest = max((width for _, width in self.memory.costs), default=1)
+        return max(width for width in self._widths if width <= min(best, self.STRIDE * widest))
+
+    def _probe(self, num_rows: int) -> int | None:
+        """The next width to be tried for its cost; None if there is no need."""
+        known = [width for rows, width in self.memory.costs if rows == num_rows]
+        while self._probes:
+            probe = min(self._probes.pop(0), self._widths[-1])
+            if not known or probe <= max(known):
+                return probe
+            one, widest = (self.memory.cost(num_rows, width) for width in (1, max(known)))
+            if one is not None and widest is not None and widest <= self.DEAR * one:
+                return probe
+        return None
 
 
 #: What earlier calls found, by model and kind of call.

@@ -1,7 +1,7 @@
 """What all pipelines share: devices, progress bars, interruption, checks of arguments."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -52,22 +52,50 @@ class SpeculativePipeline:
         self._interrupt = True
 
     def _watch(
-        self, total: int, on_step_end: StepEnd | None, *, is_quiet: bool = False
+        self,
+        total: int,
+        on_step_end: StepEnd | None,
+        *,
+        is_quiet: bool = False,
+        more: Mapping[str, Any] | None = None,
     ) -> tuple[tqdm, Callable[[StepRecord, Outcome], bool]]:
-        """A progress bar in units, and the engine callback that moves it."""
+        """A progress bar in units, and the engine callback that moves it.
+
+        Args:
+            total: Units of a whole run.
+            on_step_end: The user's callback.
+            is_quiet: No bar.
+            more: What the callback is told besides the step.
+        """
         self._interrupt = False
         config = {"unit": "tok", "leave": False} | self._progress_bar_config
         bar = tqdm(total=total, **(config | {"disable": True} if is_quiet else config))
 
+        move = mover(bar)
+
         def after_step(record: StepRecord, outcome: Outcome) -> bool:
-            bar.update(sum(record.num_emitted))
+            move(record)
             stop = False
             if on_step_end is not None:
-                details = {"record": record, "outcome": outcome}
+                details = {"record": record, "outcome": outcome, **(more or {})}
                 stop = bool(on_step_end(self, record.index, details))
             return stop or self._interrupt
 
         return bar, after_step
+
+
+def mover(bar: tqdm) -> Callable[[StepRecord], None]:
+    """What moves a bar of units, a step at a time, and writes tau and the forwards beside it."""
+    num_row_steps = 0
+
+    def move(record: StepRecord) -> None:
+        nonlocal num_row_steps
+        num_row_steps += sum(record.was_active)
+        bar.update(sum(record.num_emitted))
+        tau = bar.n / max(1, num_row_steps)
+        bar.set_postfix_str(f"tau {tau:.2f}, {record.index + 1} forwards", refresh=False)
+
+    return move
 
 
 def check_callback(on_step_end: StepEnd | None) -> None:

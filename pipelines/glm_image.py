@@ -21,9 +21,9 @@ from mmspec.checks import is_list, require, require_generator, require_known
 from mmspec.forward import text_device
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
-from mmspec.pipelines.base import check_positive, check_window
-from mmspec.pipelines.image import DECODERS, image_engine
-from mmspec.records import Outcome, Stats, StepRecord
+from mmspec.pipelines.base import check_positive, check_window, mover
+from mmspec.pipelines.image_decoders import DECODERS, DENOISE, check_lenience, image_engine
+from mmspec.records import Stats
 from mmspec.sampling import build_law
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -51,9 +51,10 @@ class PriorOptions(TypedDict, total=False):
     """How the autoregressive stage decodes; all may be left out.
 
     Attributes:
-        decoder: "exact" (the default), "sequential", "coupled" or "sjd", as in
+        decoder: "exact" (the default), "sequential", "coupled", "sjd" or a lossy one, as in
             `SpeculativeImagePipeline`.
         window: Codes per image and forward; None chooses by the size and the batch.
+        lenience: Of a lossy decoder, as there.
         temperature: 0 is greedy. This and the filters come from the model's generation config
             unless given, as in diffusers; None switches a filter off.
         top_k: Keep the k most likely codes. transformers takes 50 where the config has none.
@@ -64,6 +65,7 @@ class PriorOptions(TypedDict, total=False):
 
     decoder: str
     window: int | None
+    lenience: float | None
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -72,7 +74,7 @@ class PriorOptions(TypedDict, total=False):
 
 
 _LAW_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
-_DEFAULTS = {"decoder": "exact", "window": None, "compile": False}
+_DEFAULTS = {"decoder": "exact", "window": None, "lenience": None, "compile": False}
 
 
 def accelerate(pipe: Any, **options: Unpack[PriorOptions]) -> "AcceleratedGlmImage":
@@ -226,17 +228,15 @@ class AcceleratedGlmImage:
             rule=settings.rule,
             law=build_law(settings.law),
             window=settings.window,
+            lenience=settings.lenience,
             guidance_scale=1.0,
             keys_B=keys_B,
             device=_loaded_device(model),
             compile=settings.compile,
         )
         with self.pipe.progress_bar(total=rows.num_rows * layout.num_tokens) as bar:
-
-            def advance(record: StepRecord, outcome: Outcome) -> None:
-                bar.update(sum(record.num_emitted))
-
-            result = engine.run(advance)
+            move = mover(bar)
+            result = engine.run(lambda record, _: move(record))
         self.stats, self.row_stats = result.stats, result.row_stats
         return torch.cat([ids, torch.tensor(result.units, device=ids.device)], dim=1)
 
@@ -262,6 +262,7 @@ class _Settings:
 
     rule: str
     window: int | None
+    lenience: float | None
     law: LawConfig
     compile: bool
 
@@ -270,15 +271,20 @@ def _prior_settings(model: Any, options: Mapping[str, Any]) -> _Settings:
     """Options with defaults, checked."""
     for name in options:
         require_known("option", name, PriorOptions.__annotations__)
-    decoder, window, compile = (options.get(name, value) for name, value in _DEFAULTS.items())
-    require_known("decoder", decoder, DECODERS)
+    decoder, window, lenience, compile = (
+        options.get(name, value) for name, value in _DEFAULTS.items()
+    )
+    # No pipeline of diffusers carries a denoiser.
+    require_known("decoder", decoder, [name for name in DECODERS if name != DENOISE])
     check_window(window)
+    check_lenience(lenience, DECODERS[decoder])
     require(isinstance(compile, bool), "compile", "True or False", compile)
     law = _config_law(model.generation_config)
     law |= {name: options[name] for name in _LAW_OPTIONS if name in options}
     return _Settings(
         rule=DECODERS[decoder],
         window=1 if decoder == "sequential" else window,
+        lenience=lenience,
         law=LawConfig(**law),
         compile=compile,
     )

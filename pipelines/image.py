@@ -1,6 +1,7 @@
 """Text to image with autoregressive image models, by speculative Jacobi decoding."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from mmspec.adapters.token_image import (
-    ImageFamily,
-    ImageLayout,
-    TokenImageTarget,
-    image_family,
-)
+from mmspec.adapters.causal_lm import check_fits
+from mmspec.adapters.token_image import ImageLayout, image_family
 from mmspec.assets import bundled_path
 from mmspec.checks import require, require_known
-from mmspec.drafters import build_drafter
-from mmspec.drafters.jacobi import default_window
-from mmspec.engine import Engine
+from mmspec.denoiser import FILE_NAME, Denoiser
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
 from mmspec.pipelines.base import (
@@ -33,16 +28,12 @@ from mmspec.pipelines.base import (
     check_positive,
     check_window,
 )
+from mmspec.pipelines.image_decoders import DECODERS, DENOISE, check_lenience, image_engine
 from mmspec.records import Generation, Stats
 from mmspec.rows import TokenRows
-from mmspec.sampling import Law, build_law
-from mmspec.schedule import FixedSchedule
-from mmspec.tree import BUCKETS
-from mmspec.verify import build_rule
-from mmspec.window_schedule import WindowSchedule, window_schedule
+from mmspec.sampling import build_law
 
-#: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
-DECODERS = {"sequential": "exact", "exact": "exact", "coupled": "coupled", "sjd": "sjd"}
+ImageDecoder = Callable[[Tensor], Tensor]
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
 
@@ -72,17 +63,35 @@ class ImageOutput:
 class SpeculativeImagePipeline(SpeculativePipeline):
     """Autoregressive text-to-image models, several times faster for the same images.
 
+    Attributes:
+        denoiser: What a model that was trained on noisy embeddings has beside its weights, for
+            ``decoder="jacobi-denoise"``; None for other models.
+
     Example:
         >>> pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars")  # doctest: +SKIP
         >>> out = pipe("a pixel avatar with red hair", guidance_scale=3.0)  # doctest: +SKIP
         >>> out.images[0].save("avatar.png")  # doctest: +SKIP
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        image_decoder: ImageDecoder | None = None,
+        denoiser: Denoiser | None = None,
+    ) -> None:
         """Wraps loaded objects; see `from_pretrained` and `from_model`."""
         super().__init__(model)
         self.processor = processor
+        self.denoiser = denoiser
         self._family = image_family(model)
+        self._no_pixels = getattr(self._family, "no_pixels", None)
+        if image_decoder is not None:
+            require(callable(image_decoder), "image_decoder", "None or callable", image_decoder)
+            rule = f"None for {type(model).__name__}, which has a pixel decoder of its own"
+            require(self._no_pixels is not None, "image_decoder", rule, image_decoder)
+            self._no_pixels = None
+        self.image_decoder = image_decoder
 
     @classmethod
     def from_pretrained(
@@ -91,6 +100,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         *,
         dtype: torch.dtype | None = None,
         device_map: Any = None,
+        image_decoder: ImageDecoder | None = None,
         **kwargs: Any,
     ) -> "SpeculativeImagePipeline":
         """Loads a bundled model, a local folder or a hub repository of a plain transformers model.
@@ -99,6 +109,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             id_or_path: ``"bundled:avatars"``, a folder, or a hub id.
             dtype: Floating-point type; float32 if None.
             device_map: As in transformers; needs accelerate.
+            image_decoder: As in `from_model`.
             **kwargs: Passed to the model's ``from_pretrained``.
 
         Raises:
@@ -109,17 +120,39 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype or torch.float32, device_map=device_map, **kwargs
         )
-        return cls(model, _load_processor(path))
+        return cls(model, _load_processor(path), image_decoder, Denoiser.load(path))
 
     @classmethod
-    def from_model(cls, model: Any, processor: Any) -> "SpeculativeImagePipeline":
-        """Uses objects that are loaded already: a model and its processor or tokenizer."""
-        return cls(model, processor)
+    def from_model(
+        cls,
+        model: Any,
+        processor: Any,
+        *,
+        image_decoder: ImageDecoder | None = None,
+        denoiser: Denoiser | None = None,
+    ) -> "SpeculativeImagePipeline":
+        """Uses objects that are loaded already.
+
+        Args:
+            model: The model.
+            processor: Its processor or tokenizer.
+            image_decoder: Makes pixels ``[B, 3, height, width]`` in [-1, 1] of codes ``[B, rows,
+                columns]``, as the decoder of a VQ model does; for families that have none in
+                transformers.
+            denoiser: For ``decoder="jacobi-denoise"``, of a model that was trained on noisy
+                embeddings.
+
+        Raises:
+            ValueError: If the model is of no known family, or has a pixel decoder of its own.
+        """
+        return cls(model, processor, image_decoder, denoiser)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Saves the model and its processor as transformers does."""
+        """Saves the model and its processor as transformers does, and the denoiser beside them."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        if self.denoiser is not None:
+            self.denoiser.save(folder)
 
     @torch.no_grad()
     def __call__(
@@ -134,6 +167,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decoder: str = "exact",
         window: int | None = None,
+        lenience: float | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -146,8 +180,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         Args:
             prompt: One prompt or several.
             negative_prompt: What guidance steers away from: one text for all prompts or one for
-                each; it may be empty. For Emu3; unused where guidance is off. None leaves it to
-                the family: for Emu3 the token that begins the image and nothing before it.
+                each; it may be empty. For Emu3 and Chameleon; unused where guidance is off. None
+                leaves it to the family: for Emu3 the token that begins the image and nothing
+                before it, for Chameleon the beginning of the sequence before that.
             height: Height of the images in pixels, for families that make several sizes; None is
                 the family's own.
             width: Width in pixels, likewise.
@@ -156,18 +191,25 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             num_images_per_prompt: Images of each prompt, next to each other in the output.
             generator: One for all images, or one per image. Image k of a list is the image that a
                 single call with that generator gives.
-            decoder: "exact" (same tokens as "sequential" with the same seed), "coupled" or "sjd"
-                (same law, other tokens), "sequential" (plain decoding).
+            decoder: "exact" (same tokens as "sequential" with the same seed), "jacobi-denoise"
+                (likewise, with noise in the window; for models fine-tuned for it), "coupled" or
+                "sjd" (same law, other tokens), "sequential" (plain decoding); "lossy-grouped" and
+                "lossy-rows" change the law for fewer forwards (docs/image_decoders.md).
             window: Tokens per image and forward. None chooses it while running, by what widths
-                bring and cost ("exact" only, for it moves no token); by the grid and the batch
-                for the other decoders and with ``compile``.
+                bring and cost (exact decoders only, for it moves no token); by the grid and the
+                batch for the other decoders and with ``compile``.
+            lenience: How far a lossy decoder may depart, from 0 (as "coupled" or "exact") to 1.
+                For "lossy-grouped" the radius of a cluster of codes that stand for each other, in
+                root mean square distances between two codes; for "lossy-rows" the share of the
+                row above that need not be settled. None is the rule's own (`mmspec.lossy`).
             temperature: 0 is greedy.
             top_k: Keep the k most likely codes. transformers' own Janus keeps 50 unless told
                 otherwise; here nothing is cut unless asked.
             top_p: Keep the smallest set with this mass.
             output_type: "pil", "pt", "np" or "tokens".
             callback_on_step_end: Called as ``f(pipeline, step_index, details)`` after each step;
-                returning True interrupts.
+                returning True interrupts. ``details["preview"]()`` draws the images so far, grey
+                where nothing is yet: a list of PIL images, at the price of a pixel decoding.
             compile: Compile the model's forward (pays on long runs).
 
         Raises:
@@ -178,11 +220,12 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         count = _count(num_images_per_prompt)
         pairs = [p for p in zip(texts, negatives, strict=True) for _ in range(count)]
         rule = _rule_of(decoder)
+        denoiser = self._denoiser_of(decoder)
+        check_lenience(lenience, rule)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-        no_pixels = getattr(self._family, "no_pixels", None)
-        if no_pixels is not None and output_type != "tokens":
-            raise ValueError(no_pixels)
+        if self._no_pixels is not None and output_type != "tokens":
+            raise ValueError(self._no_pixels)
         check_callback(callback_on_step_end)
         check_window(window)
         if guidance_scale is None:
@@ -199,116 +242,138 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             for _, text in pairs
             if text is not None
         ]
-        engine, _ = image_engine(
+        engine, rows = image_engine(
             self._family,
             layout,
             [self._family.prompt(self.processor, text, layout) for text, _ in pairs],
             rule=rule,
             law=build_law(config),
             window=1 if decoder == "sequential" else window,
+            lenience=lenience,
             guidance_scale=guidance_scale,
             negatives=negative_ids or None,
             keys_B=row_keys(generator, len(pairs)),
             device=self.device,
+            denoiser=denoiser,
             compile=compile,
         )
-        bar, after_step = self._watch(len(pairs) * layout.num_tokens, callback_on_step_end)
+        preview = functools.partial(self._preview, rows, layout)
+        bar, after_step = self._watch(
+            len(pairs) * layout.num_tokens, callback_on_step_end, more={"preview": preview}
+        )
         with bar:
             result = engine.run(after_step)
         return self._output(result, layout, output_type)
+
+    def _denoiser_of(self, decoder: str) -> Denoiser | None:
+        """The denoiser that a decoder needs; None for decoders that need none.
+
+        Raises:
+            ValueError: If the model has none.
+        """
+        if decoder != DENOISE:
+            return None
+        if self.denoiser is None:
+            raise ValueError(
+                f"decoder={decoder!r} needs a model that was fine-tuned on noisy embeddings, with "
+                f"{FILE_NAME} in its folder; this one has none"
+            )
+        return self.denoiser.to(self.device)
 
     def _prompt_ids(self, text: str) -> list[int]:
         """Token ids of a prompt for an image of the family's own size."""
         return self._family.prompt(self.processor, text, self._family.layout(None, None))
 
+    def check_request(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        """Refuses what a call would refuse about one image, and runs nothing.
+
+        Args:
+            prompt: As in the call, and so are the others.
+            negative_prompt: One text or None.
+            height: Pixels.
+            width: Pixels.
+
+        Raises:
+            ValueError: If the prompt is empty or too long, or the family does not make such images.
+        """
+        as_list(prompt)
+        layout = self._family.layout(height, width)
+        prompts = [self._family.prompt(self.processor, prompt, layout)]
+        if negative_prompt is not None:
+            prompts.append(self._family.negative(self.processor, negative_prompt, layout))
+        budgets = [layout.num_tokens] * len(prompts)
+        keys_B = torch.zeros(len(prompts), dtype=torch.long)
+        rows = TokenRows(prompts, max_new_tokens=budgets, keys_B=keys_B)
+        check_fits(self._family.backbone, rows)
+
+    def _preview(self, rows: TokenRows, layout: ImageLayout) -> list[Image.Image]:
+        if self._no_pixels is not None:
+            raise ValueError(self._no_pixels)
+        units = [
+            tokens[length:]
+            for tokens, length in zip(rows.host_tokens, rows.prompt_lengths, strict=True)
+        ]
+        tokens = _codes(units, layout)
+        is_there = tokens >= 0
+        # A decoder looks around: the last code in the place of those to come keeps edges quiet.
+        last = tokens.gather(1, (is_there.sum(1, keepdim=True) - 1).clamp(min=0)).clamp(min=0)
+        pixels = self._decode(torch.where(is_there, tokens, last), layout)
+        mask = is_there.view(-1, 1, layout.rows, layout.columns).float()
+        mask = torch.nn.functional.interpolate(mask, size=pixels.shape[1:3])
+        drawn: list[Image.Image] = _as_type(
+            torch.where(mask.permute(0, 2, 3, 1) > 0, pixels, 0.5), "pil"
+        )
+        return drawn
+
+    def _decode(self, tokens: Tensor, layout: ImageLayout) -> Tensor:
+        """Codes ``[B, rows * columns]`` to pixels ``[B, height, width, 3]`` in [0, 1], on the CPU.
+
+        Raises:
+            ValueError: If a supplied decoder returns something else.
+        """
+        tokens = tokens.to(self.device)
+        if self.image_decoder is None:
+            return self._family.decode(tokens, layout).cpu()
+        pixels = self.image_decoder(tokens.view(-1, layout.rows, layout.columns))
+        shape = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        is_good = isinstance(shape, list) and len(shape) == 4 and shape[:2] == [len(tokens), 3]
+        rule = f"of the shape [{len(tokens)}, 3, height, width]"
+        require(is_good, "the pixels that image_decoder returns", rule, shape)
+        return (pixels.permute(0, 2, 3, 1).float().cpu() * 0.5 + 0.5).clamp(0, 1)
+
     def _output(self, result: Generation, layout: ImageLayout, output_type: str) -> ImageOutput:
         num_rows = len(result.units)
-        units = torch.full((num_rows, layout.num_tokens), -1)
-        steps = torch.full((num_rows, layout.num_tokens), -1)
-        for row, of_row in enumerate(result.units):
-            units[row, : len(of_row)] = torch.tensor(of_row, dtype=torch.long)
-            taken = [s.index for s in result.steps for _ in range(s.num_emitted[row])]
-            steps[row, : len(taken)] = torch.tensor(taken, dtype=torch.long)
-        tokens = units[:, layout.code_index]
+        steps = [
+            [step.index for step in result.steps for _ in range(step.num_emitted[row])]
+            for row in range(num_rows)
+        ]
+        tokens = _codes(result.units, layout)
         images = None
         if output_type != "tokens" and not result.interrupted:
-            pixels = self._family.decode(tokens.to(self.device), layout).cpu()
-            images = _as_type(pixels, output_type)
+            images = _as_type(self._decode(tokens, layout), output_type)
         return ImageOutput(
             images=images,
             tokens=tokens,
-            step_maps=steps[:, layout.code_index].view(num_rows, layout.rows, layout.columns),
+            step_maps=_codes(steps, layout).view(num_rows, layout.rows, layout.columns),
             stats=result.stats,
             row_stats=result.row_stats,
             interrupted=result.interrupted,
         )
 
 
-def image_engine(
-    family: ImageFamily,
-    layout: ImageLayout,
-    prompts: Sequence[Sequence[int]],
-    *,
-    rule: str,
-    law: Law,
-    window: int | None,
-    guidance_scale: float,
-    keys_B: Tensor,
-    device: torch.device,
-    negatives: Sequence[Sequence[int]] | None = None,
-    compile: bool = False,
-) -> tuple[Engine, TokenRows]:
-    """Wires the engine that writes one image per prompt; runs nothing.
-
-    Args:
-        family: The model.
-        layout: How an image lies in the new tokens of a row.
-        prompts: Token ids of each prompt.
-        rule: A name of `mmspec.verify.RULES`.
-        law: The law that tokens are drawn from.
-        window: Tokens per image and forward; 1 is plain decoding, None chooses: while running
-            for the exact rule, by the grid and the batch for others and for compiled forwards.
-        guidance_scale: As in `TokenImageTarget`.
-        keys_B: Noise keys, one per image.
-        device: Where the model takes its input.
-        negatives: As in `TokenImageTarget`.
-        compile: Compile the model's forward.
-
-    Raises:
-        ValueError: If a row does not fit the model's context.
-    """
-    rows = TokenRows(
-        prompts,
-        max_new_tokens=[layout.num_tokens] * len(prompts),
-        keys_B=keys_B,
-        device=device,
-    )
-    # Other rules would follow the clock with their tokens, and a compiled forward compile anew.
-    if window is None and (rule != "exact" or compile):
-        window = default_window(layout.num_tokens, len(prompts))
-    schedule: WindowSchedule | FixedSchedule
-    if window is None:
-        kind = (guidance_scale, law.is_greedy, family.backbone.dtype, str(device))
-        schedule = window_schedule(family.backbone, kind, rows)
-    else:
-        schedule = FixedSchedule(window, lambda: rows.max_remaining)
-    target = TokenImageTarget(
-        family,
-        rows,
-        guidance_scale=guidance_scale,
-        negatives=negatives,
-        place=layout.place,
-        compile=compile,
-    )
-    drafter = build_drafter(
-        "none" if window == 1 else {"name": "jacobi", "stride": layout.stride},
-        target=target,
-        rows=rows,
-        law=law,
-        max_width=BUCKETS[-1] if window is None else window,
-        shared_noise=rule == "exact",
-    )
-    return Engine(target, drafter, build_rule(rule, law, rows), schedule), rows
+def _codes(units: Sequence[Sequence[int]], layout: ImageLayout) -> Tensor:
+    """What belongs to codes of what belongs to the new tokens of rows, -1 where nothing is yet."""
+    laid = torch.full((len(units), layout.num_tokens), -1)
+    for row, of_row in enumerate(units):
+        laid[row, : len(of_row)] = torch.tensor(of_row, dtype=torch.long)
+    return laid[:, layout.code_index]
 
 
 def _count(num_images_per_prompt: int) -> int:

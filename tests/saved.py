@@ -47,7 +47,7 @@ def save_llama(folder):
     return str(folder)
 
 
-def save_janus(folder):
+def save_janus(folder, *, num_codes=40, side=4):
     torch.manual_seed(0)
     model = JanusForConditionalGeneration(
         JanusConfig(
@@ -66,21 +66,21 @@ def save_janus(folder):
                 "hidden_size": 32,
                 "num_hidden_layers": 1,
                 "num_attention_heads": 4,
-                "image_size": 16,
+                "image_size": 4 * side,
                 "patch_size": 4,
                 "projection_dim": 32,
-                "num_image_tokens": 16,
+                "num_image_tokens": side**2,
                 "mlp_ratio": 2,
             },
             vq_config={
                 "embed_dim": 8,
-                "num_embeddings": 40,
+                "num_embeddings": num_codes,
                 "latent_channels": 8,
                 "base_channels": 32,
                 "channel_multiplier": [1, 1],
                 "num_res_blocks": 1,
                 "projection_dim": 32,
-                "num_patches": 4,
+                "num_patches": side,
                 "hidden_size": 32,
                 "image_token_embed_dim": 32,
             },

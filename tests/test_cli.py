@@ -4,11 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from emu3 import tiny_emu3, tiny_processor
 from PIL import Image
 from saved import save_janus, save_llama
 from typer.testing import CliRunner
 
-from mmspec.cli import app, one_line
+from mmspec.cli import app
+from mmspec.cli_common import one_line
 from mmspec.pictures import read_png_metadata
 
 COMMANDS = ["text", "image", "demo", "models", "bench"]
@@ -145,10 +148,13 @@ def test_image_sheet_with_metadata_and_step_map(janus, tmp_path):
     assert "exact" in result.stdout
     chunks = read_png_metadata(out)
     assert chunks["prompt"] == "a red hair"
-    assert {k: chunks[k] for k in ("seed", "decoder", "window", "guidance", "model")} == {
-        "seed": "5..7", "decoder": "exact", "window": "4", "guidance": "3.0", "model": janus
+    assert json.loads(chunks.pop("seed")) == ["5", "6", "7"]
+    versions = [chunks.pop(name) for name in ("mmspec", "torch", "transformers")]
+    assert all(text[0].isdigit() for text in versions)
+    assert chunks == {
+        "prompt": "a red hair", "decoder": "exact", "guarantee": "exact", "window": "4",
+        "guidance": "3.0", "temperature": "1.0", "model": janus, "dtype": "float32", "scale": "2",
     }  # fmt: skip
-    assert chunks["mmspec"][0].isdigit()
     with Image.open(out) as sheet, Image.open(out.with_suffix(".steps.png")) as maps:
         assert sheet.width > sheet.height
         assert maps.width == 3 * (4 * 2 + 8) + 8
@@ -179,10 +185,110 @@ def test_a_killed_image_run_is_continued(janus, tmp_path):
     assert [file.read_bytes() for file in files] == content
     kept = json.loads(run(*command).stdout)
     assert (kept["num_images"], kept["num_skipped"], kept["batches"]) == (0, 3, [])
-    # Other settings are other images, and a step map that is missing is made.
-    assert json.loads(run(*command, "--guidance", 1).stdout)["num_skipped"] == 0
-    assert json.loads(run(*command, "--guidance", 1, "--steps-map").stdout)["num_images"] == 3
+    # A step map that is missing is made, with its image.
+    assert json.loads(run(*command, "--steps-map").stdout)["num_images"] == 3
     assert (out / "0002-00.steps.png").exists()
+
+
+def test_a_folder_is_not_continued_with_other_settings(janus, tmp_path):
+    command = ["image", "a red hair", "--out", tmp_path, "--model", janus]
+    run(*command)
+    content = (tmp_path / "0000-00.png").read_bytes()
+    line = reason(*command, "--guidance", 1, "--seed", 4, code=2)
+    assert "guidance '3.0' (asked for: '1.0'), seed '0' (asked for: '4')" in line
+    assert "another --out" in line
+    assert (tmp_path / "0000-00.png").read_bytes() == content
+    assert list(tmp_path.iterdir()) == [tmp_path / "0000-00.png"]
+    Image.new("RGB", (2, 2)).save(tmp_path / "0000-01.png")
+    assert "prompt 'none'" in reason(*command, "--num", 2, code=2)
+
+
+def test_a_file_of_prompts_may_have_seeds_and_go_on_one_sheet(janus, tmp_path):
+    prompts, sheet = tmp_path / "prompts.jsonl", tmp_path / "sheet.png"
+    prompts.write_text('{"prompt": "a red hair", "seed": 9}\n{"prompt": "a pixel avatar"}')
+    command = ["image", "--prompts", prompts, "--model", janus, "--seed", 2, "--scale", 1]
+    run(*command, "--out", sheet)
+    shown = json.loads(run("image", "--show", sheet, "--json").stdout)
+    assert json.loads(shown["prompt"]) == ["a red hair", "a pixel avatar"]
+    assert json.loads(shown["seed"]) == ["9", "2"]
+    run(*command, "--out", tmp_path / "files")
+    lines = run("image", "--show", tmp_path / "files" / "0000-00.png").stdout.splitlines()
+    assert {"prompt: a red hair", "seed: 9", "guarantee: exact"} <= set(lines)
+    first = Image.open(tmp_path / "files" / "0000-00.png")
+    assert Image.open(sheet).crop((8, 8, 16, 16)).tobytes() == first.tobytes()
+    reason("image", "--show", prompts, code=2)
+
+
+def test_a_line_that_the_model_refuses_is_named_before_any_image(janus, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    lines = [{"prompt": "a red hair"}, {"prompt": "a", "height": 64}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    command = ["image", "--prompts", prompts, "--model", janus, "--out", out, "--batch-size", 1]
+    line = reason(*command, code=2)
+    assert f"{prompts}, line 2: Janus makes images of one size" in line
+    assert list(out.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_found_before_a_model_is_loaded(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    missing = ["--model", tmp_path / "no" / "model"]
+    for out in (blocked / "folder", blocked / "sheet.png"):
+        assert f"cannot write to {blocked}" in reason("image", "a", "--out", out, *missing, code=1)
+    line = reason("text", "a", "--out", blocked / "a.txt", *missing, code=1)
+    assert f"cannot write to {blocked}" in line
+    (tmp_path / "folder.png").mkdir()
+    line = reason("image", "a", "--out", tmp_path / "folder.png", *missing, code=1)
+    assert "it is a folder" in line
+
+
+def test_sizes_and_negative_prompts_reach_the_model(tmp_path):
+    folder, out = tmp_path / "emu3", tmp_path / "out"
+    tiny_emu3(dtype=torch.float32).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "a red hair", "height": 16},
+        {"prompt": "a red hair", "negative_prompt": "blue"},
+        {"prompt": "a red hair", "negative_prompt": "glasses"},
+        {"prompt": "a red hair"},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    command = ["image", "--prompts", prompts, "--model", folder, "--out", out, "--scale", 1]
+    command += ["--height", 24, "--width", 32, "--num", 2]
+    summary = json.loads(run(*command, "--json").stdout)
+    assert [stats["num_units"] for stats in summary["batches"]] == [
+        2 * (2 * 5 + 3), 4 * (3 * 5 + 3), 2 * (3 * 5 + 3)
+    ]  # fmt: skip
+    pictures = [Image.open(out / f"{row:04d}-00.png").convert("RGB") for row in range(4)]
+    assert [picture.size for picture in pictures] == [(32, 16)] + [(32, 24)] * 3
+    assert len({picture.tobytes() for picture in pictures[1:]}) == 3
+    chunks = [read_png_metadata(out / f"{row:04d}-01.png") for row in range(4)]
+    assert [c["height"] for c in chunks] == ["16", "24", "24", "24"]
+    assert [c.get("negative_prompt") for c in chunks] == [None, "blue", "glasses", None]
+    line = reason(*command[:5], "--out", tmp_path / "a.png", "--width", 32, code=2)
+    assert "must be of one height and width" in line
+
+
+@pytest.mark.parametrize("kind", ["gif", "png"])
+def test_a_preview_fills_up_to_the_sheet(tmp_path, kind):
+    sheet, film = tmp_path / "sheet.png", tmp_path / f"film.{kind}"
+    command = ["image", "a red hat", "--num", 3, "--batch-size", 2, "--out", sheet, "--scale", 1]
+    run(*command, "--preview", film, "--preview-every", 8)
+    with Image.open(film) as drawn, Image.open(sheet) as whole:
+        assert drawn.size == whole.size
+        if kind == "png":
+            assert drawn.tobytes() == whole.tobytes()
+            return
+        assert drawn.n_frames > 4
+        grey = []
+        for frame in range(drawn.n_frames):
+            drawn.seek(frame)
+            colors = drawn.convert("RGB").getcolors(10_000)
+            grey.append(sum(n for n, color in colors if max(color) - min(color) < 3
+                            and abs(color[0] - 128) < 3))  # fmt: skip
+        assert grey == sorted(grey, reverse=True)
+        assert grey[0] > 2 * 16 * 16 > grey[-1]
 
 
 # -------------------------------------------------------------------------------------- errors
@@ -219,7 +325,8 @@ def test_a_file_of_prompts_needs_a_place_to_write(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a")
     run("text", "--file", prompts, code=2)
-    run("image", "--file", prompts, "--out", tmp_path / "a.png", code=2)
+    run("image", "a", "--out", tmp_path / "a", "--preview", tmp_path / "a.gif", code=2)
+    assert "must be a .png or a .gif" in reason("image", "a", "--preview", "a.jpg", code=2)
     run("text", "b", "--file", prompts, "--out", tmp_path / "a", code=2)
     run("text", "--file", tmp_path / "none.txt", "--out", tmp_path / "a", code=2)
 

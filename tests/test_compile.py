@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mmspec import forward, verify
 from mmspec.cache import slot_mask
 from mmspec.law_config import LawConfig
+from mmspec.lossy import GroupedAcceptance, OverlappingRows
 from mmspec.noise import Salt, gumbel, row_keys, uniform
 from mmspec.records import Scores
 from mmspec.sampling import build_law, sample
@@ -116,21 +117,30 @@ def test_every_stage_of_a_law():
     same_when_compiled(lambda logits: law(logits, context), scores.logits_BNV)
 
 
+def made_rule(name, law, rows):
+    if name == "grouped":
+        return GroupedAcceptance(law, rows, codes_VH=torch.randn(V, 3))
+    if name == "rows":
+        return OverlappingRows(law=law, rows=rows, stride=2)
+    return build_rule(name, law, rows)
+
+
 @pytest.mark.parametrize("with_laws", [False, True])
 @pytest.mark.parametrize("is_tree", [False, True])
-@pytest.mark.parametrize("name", sorted(verify.RULES))
+@pytest.mark.parametrize("name", [*sorted(verify.RULES), "grouped", "rows"])
 def test_every_rule(name, is_tree, with_laws, monkeypatch):
-    if name == "block" and is_tree:
-        return  # refused: tests/test_verify.py
+    if name in ("block", "rows") and is_tree:
+        return  # refused: tests/test_verify.py, tests/test_lossy.py
     rows, proposal, scores = chain_and_scores(is_tree=is_tree, with_laws=with_laws)
-    rule = build_rule(name, build_law(LawConfig(temperature=0.8)), rows)
+    rule = made_rule(name, build_law(LawConfig(temperature=0.8)), rows)
     # The checked constructor of a record is another thing that Dynamo cannot look through.
     context = rows.context(proposal, scores.positions_BN)
     monkeypatch.setattr(rows, "context", lambda *_: context)
 
     def verdict():
         made = rule.verify(proposal, scores)
-        return made.choices_BN, made.path_BM, made.emitted_BM, made.num_accepted_B
+        settled = () if made.settled_BN is None else (made.settled_BN,)
+        return made.choices_BN, made.path_BM, made.emitted_BM, made.num_accepted_B, *settled
 
     same_when_compiled(verdict)
 

@@ -1,8 +1,11 @@
 import json
+import re
 
 import pytest
 
-from mmspec.jobs import answered_ids, image_prompts, read_items
+from mmspec.jobs import read_items
+from mmspec.jobs.image import read_requests
+from mmspec.jobs.text import answered_ids
 
 SETTINGS = {"model": "m", "seed": 0}
 
@@ -22,8 +25,6 @@ def test_items_of_a_jsonl_file(tmp_path):
     first, second = read_items(path)
     assert (first.id, first.prompt, first.max_new_tokens) == ("a", "x", 3)
     assert (second.id, second.prompt, second.max_new_tokens) == ("2", chat, None)
-    with pytest.raises(ValueError, match="item '2' has messages"):
-        image_prompts(path)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,7 @@ def test_items_of_a_jsonl_file(tmp_path):
         ('{"prompt": "a"', "line 1: not JSON"),
         ("[1]", "line 1: must be a JSON object"),
         ('{"prompt": ""}', "line 1: needs a non-empty"),
+        ('{"prompt": "a", "max_new_tokens": "3"}', "line 1: 'max_new_tokens' must be null or an"),
         ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}', "the id '1' comes twice"),
     ],
 )
@@ -41,6 +43,35 @@ def test_unusable_files_are_refused_with_the_line(tmp_path, content, reason):
     path.write_text(content)
     with pytest.raises(ValueError, match=reason):
         read_items(path)
+
+
+def test_requests_of_images_take_what_they_do_not_say_from_the_options(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "x", "seed": 7, "negative_prompt": "", "height": None}, {"prompt": "y"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    shared = {"negative_prompt": "lowres", "height": 32, "width": 64, "seed": 1}
+    own, rest = read_requests(path, shared)
+    assert (own.seed, own.negative_prompt, own.size) == (7, "", (None, 64))
+    assert (rest.seed, rest.negative_prompt, rest.size) == (1, "lowres", (32, 64))
+    assert rest.where == f"{path}, line 2"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "a", "negativ_prompt": "b"}', "line 2: field 'negativ_prompt'; known: prompt"),
+        ('{"prompt": " "}', "line 2: 'prompt' must be a non-empty string, got ' '"),
+        ('{"seed": 3}', "line 2 must be an object with a 'prompt'"),
+        ('{"prompt": "a", "seed": 1.5}', "line 2: 'seed' must be an integer, got 1.5"),
+        ('{"prompt": "a", "height": 0}', "line 2: 'height' must be null or an integer >= 1, got 0"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "field 'messages'"),
+    ],
+)
+def test_unusable_requests_of_images_are_refused_with_the_line(tmp_path, line, reason):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "good"}\n' + line)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_requests(path, {})
 
 
 def test_a_half_written_last_line_is_cut_off(tmp_path):

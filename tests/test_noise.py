@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 import mmspec.noise
-from mmspec.noise import NoiseWindow, Salt, _unit_interval, gumbel, row_keys, uniform
+from mmspec.noise import NoiseWindow, Salt, _unit_interval, gaussian, gumbel, row_keys, uniform
 from mmspec.sampling import sample
 
 KEYS = row_keys(torch.Generator().manual_seed(3), 4)
@@ -140,3 +140,21 @@ def test_a_window_makes_each_position_once(monkeypatch):
     for length in range(1, 101):
         window.take(torch.full((len(KEYS),), length), [length] * len(KEYS), 16)
     assert 0 <= sum(made) - (16 + 99) <= window._ahead
+
+
+def test_gaussian_noise_is_standard_normal_and_belongs_to_its_position():
+    keys = row_keys(torch.Generator().manual_seed(0), 2)
+    positions = torch.arange(300).expand(2, -1)
+    noise = gaussian(keys, positions, 64)
+    assert noise.isfinite().all()
+    sample = noise.flatten().double()
+    num = len(sample)
+    # Four deviations of the estimates: sqrt(1/n), sqrt(2/n), and the law itself at 10 places.
+    assert sample.mean().abs() < 4 * num**-0.5
+    assert (sample.var() - 1).abs() < 4 * (2 / num) ** 0.5
+    shares = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    below = (sample[:, None] < torch.special.ndtri(shares)).double().mean(0)
+    assert ((below - shares).abs() < 4 * (shares * (1 - shares) / num) ** 0.5).all()
+    assert torch.equal(gaussian(keys[1:], positions[1:, 7:9], 64), noise[1:, 7:9])
+    neighbours = (noise[:, 1:] * noise[:, :-1]).mean()
+    assert neighbours.abs() < 4 * num**-0.5

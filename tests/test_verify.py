@@ -1,7 +1,16 @@
 """Every rule keeps the law it promises, and the test that says so has teeth."""
 
+import functools
+
 import pytest
 import torch
+from published import (
+    BatchMinimum,
+    StaleAccepted,
+    StaleLaws,
+    TargetForResidual,
+    ThresholdReuse,
+)
 from toys import (
     TableDrafter,
     TableTreeDrafter,
@@ -13,34 +22,25 @@ from toys import (
 )
 
 from mmspec import verify
-from mmspec.drafters.jacobi import JacobiDrafter
+from mmspec.drafters.jacobi import INITS, JacobiDrafter
 from mmspec.drafters.plain import PlainDrafter
 from mmspec.law_config import LawConfig
 from mmspec.records import Guarantee, Proposal, Scores
 from mmspec.sampling import LawContext, build_law
 from mmspec.tree import pack_chain, pack_trees
-from mmspec.verify import BlockVerification, block_choices, build_rule, residual_choices
+from mmspec.verify import (
+    BlockVerification,
+    IndependentRedraft,
+    block_choices,
+    build_rule,
+    residual_choices,
+)
 
 V, LENGTH = 4, 3
 #: A right rule fails this about once in two thousand seeds; the seeds are fixed.
 SANE_P = 5e-4
 #: Every biased rule below lands far under this.
 BIASED_P = 1e-12
-
-
-class StaleLaws(JacobiDrafter):
-    """Where a guess was kept, keeps the law it was first drawn from: the known SCD fault."""
-
-    def commit(self, proposal, scores, verdict, outcome):
-        super().commit(proposal, scores, verdict, outcome)
-        if proposal.draft_probs_BNV is None:
-            return
-        kept = verdict.choices_BN[:, :-1] == proposal.tokens_BN[:, 1:]
-        slot = (scores.positions_BN[:, :-1] + 1) % self._ring
-        wide = slot[..., None].expand(-1, -1, V)
-        stale = proposal.draft_probs_BNV[:, :-1].log()
-        fresh = self._laws_BRV.gather(1, wide)
-        self._laws_BRV.scatter_(1, wide, torch.where(kept[..., None], stale, fresh))
 
 
 class TwinTreeDrafter(TableDrafter):
@@ -91,17 +91,24 @@ def make_drafter(kind: str, seed: int):
         "jacobi": lambda rows: JacobiDrafter(rows, V, **options),
         "jacobi-grid": lambda rows: JacobiDrafter(rows, V, stride=2, **options),
         "jacobi-shared": lambda rows: JacobiDrafter(rows, V, max_width=4),
+        "jacobi-gumbel": lambda rows: JacobiDrafter(rows, V, max_width=4, keep_laws=True),
         "stale": lambda rows: StaleLaws(rows, V, **options),
+        "stale-accepted": lambda rows: StaleAccepted(rows, V, **options),
     }[kind]
 
 
-def p_value(kind: str, rule: str, seed: int = 0, **options) -> float:
+#: Rules that have no name of their own.
+GUMBEL = functools.partial(IndependentRedraft, shared_noise=True)
+
+
+def p_value(kind: str, rule, seed: int = 0, **options) -> float:
     # A Jacobi guess is tested twice before it shows, so a fault needs one more position to do so.
     is_window = kind.startswith(("jacobi", "stale"))
     table = random_table(seed, LENGTH + is_window, V)
     made = run_toy(table, make_drafter(kind, seed), rule, seed=seed, **options)
     assert made.guarantee == (Guarantee.EXACT if rule == "exact" else Guarantee.DISTRIBUTION)
     if kind != "plain":
+        assert made.num_ends > 1, "the rows of the batch went in step"
         assert made.num_accepted > 0.1 * len(made.outputs), "the rule was hardly used"
     return chi_square_p(made.outputs, joint_law(table))
 
@@ -115,6 +122,7 @@ LAWFUL = [
     ("jacobi", "block"),
     ("jacobi", "coupled"),
     ("jacobi", "sjd"),
+    ("jacobi-gumbel", GUMBEL),
 ]
 
 
@@ -134,6 +142,47 @@ def test_joint_law_over_more_seeds(kind, rule, seed):
 @pytest.mark.parametrize("rule", ["coupled", "sjd", "block"])
 def test_joint_law_of_a_grid_window(rule):
     assert p_value("jacobi-grid", rule, seed=4) > SANE_P
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [11, 12, 13])
+@pytest.mark.parametrize(("kind", "rule"), [case for case in LAWFUL if case[1] != "exact"])
+def test_joint_law_in_200_000_rows_of_one_batch(kind, rule, seed):
+    assert p_value(kind, rule, seed, num_rows=200_000) > SANE_P
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ("stale", "coupled"),
+        ("stale-accepted", BatchMinimum),
+        ("jacobi", TargetForResidual),
+        ("jacobi", ThresholdReuse),
+    ],
+)
+def test_published_rules_that_do_not_keep_the_law_fail_the_same_test(kind, rule):
+    assert p_value(kind, rule, 11, num_rows=200_000) < BIASED_P
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", INITS)
+def test_joint_law_however_new_positions_begin(init):
+    def window(rows):
+        return JacobiDrafter(
+            rows, V, max_width=4, stride=2, shared_noise=False, keep_laws=True, init=init
+        )
+
+    table = random_table(4, LENGTH + 1, V)
+    for rule in ("coupled", "sjd"):
+        made = run_toy(table, window, rule, seed=4)
+        assert chi_square_p(made.outputs, joint_law(table)) > SANE_P
+    plain = run_toy(table, make_drafter("plain", 4), num_rows=3000, seed=4)
+    fast = run_toy(
+        table, lambda rows: JacobiDrafter(rows, V, max_width=4, stride=2, init=init),
+        num_rows=3000, seed=4,
+    )  # fmt: skip
+    assert torch.equal(fast.outputs, plain.outputs)
 
 
 @pytest.mark.slow

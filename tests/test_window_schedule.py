@@ -1,13 +1,20 @@
 """The chosen window against every fixed one, in worlds of scripted images and seconds."""
 
 import bisect
+import dataclasses
 import math
 import random
 
 import pytest
+import torch
 from simulate import Pictures
 
+from mmspec.adapters.token_image import image_family
+from mmspec.assets import bundled_names
+from mmspec.law_config import LawConfig
+from mmspec.pipelines.image import SpeculativeImagePipeline, image_engine
 from mmspec.records import StepRecord
+from mmspec.sampling import build_law
 from mmspec.schedule import FixedSchedule
 from mmspec.tree import BUCKETS
 from mmspec.window_schedule import WindowMemory, WindowSchedule, settled_units
@@ -87,6 +94,69 @@ def test_within_five_percent_on_the_whole(results):
 @pytest.mark.parametrize("case", CASES)
 def test_never_below_95_percent_of_plain_decoding(case, results):
     assert results[case][1] > 0.95
+
+
+# --------------------------------------------------------------------------- real images
+
+
+class Scripted:
+    """A schedule whose steps take the seconds of a table, whatever the clock says."""
+
+    def __init__(self, schedule, seconds):
+        self.schedule, self.seconds = schedule, seconds
+        self.steps = []
+        self.has_begun = False
+
+    def plan(self):
+        return self.schedule.plan()
+
+    def observe(self, record):
+        step = sum(record.was_active), record.width
+        seconds = self.seconds(*step) if self.has_begun else 0.0
+        # The first step has no forward of its own.
+        self.steps += [step] * self.has_begun
+        self.has_begun = True
+        times = {"draft_time_s": 0.0, "other_time_s": 0.0, "verify_time_s": seconds}
+        self.schedule.observe(dataclasses.replace(record, **times))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avatars" not in bundled_names(), reason="needs the avatars")
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_first_images_of_the_avatars_are_near_the_best_fixed_window(guidance):
+    pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars")
+    family = image_family(pipe.model)
+    layout = family.layout(None, None)
+    captions = ["a pixel avatar with red hair and glasses", "a pixel avatar with a blue hat"]
+
+    def steps(caption, seconds, make):
+        engine, rows = image_engine(
+            family,
+            layout,
+            [pipe._prompt_ids(caption)],
+            rule="exact",
+            law=build_law(LawConfig(temperature=1.0)),
+            window=BUCKETS[-1],
+            guidance_scale=guidance,
+            keys_B=torch.tensor([7]),
+            device=pipe.device,
+        )
+        engine.schedule = Scripted(
+            make(lambda: rows.max_remaining, lambda: len(rows.active)), seconds
+        )
+        engine.run()
+        return engine.schedule.steps
+
+    runs = {
+        w: [s for c in captions for s in steps(c, lambda *_: 0.0, fixed(w))]
+        for w in (8, 16, 32, 64)
+    }
+    for table in (measured(FLOAT32), measured(BFLOAT16)):
+        best = min(sum(table(*step) for step in run) for run in runs.values())
+        own = [s for c in captions for s in steps(c, table, chosen(WindowMemory()))]
+        mine = sum(table(*step) for step in own)
+        assert best / mine > 0.85
+        assert len(captions) * 255 * table(1, 1) / mine > 0.95
 
 
 # --------------------------------------------------------------------------- parts
@@ -169,10 +239,33 @@ def test_the_first_step_is_plain_and_teaches_nothing():
     schedule.observe(record(1, 1e9))
     assert not memory.costs
     widths = []
+    for _ in range(8):
+        widths.append(schedule.plan().width)
+        schedule.observe(record(widths[-1]))
+    assert widths == [8, 1, 1, 8, 32, 32, 64, 64]  # the probes, then where a flat line leads
+
+
+def test_a_wide_window_is_not_probed_where_a_narrower_one_is_dear():
+    memory = WindowMemory()
+    schedule = WindowSchedule(128, endless, one, memory)
+    schedule.observe(record(1))
+    for _ in range(20):
+        width = schedule.plan().width
+        schedule.observe(record(width, seconds=0.1 + 0.9 * width))
+    assert {width for _, width in memory.costs} <= {1, 2, 4, 8}
+
+
+def test_a_line_alone_leads_to_twice_the_width_at_most():
+    memory = WindowMemory()
+    for width in (1, 8):
+        memory.costs[1, width].extend([1.0] * 3)
+    schedule = WindowSchedule(128, endless, one, memory)
+    schedule.observe(record(1))
+    widths = []
     for _ in range(3):
         widths.append(schedule.plan().width)
         schedule.observe(record(widths[-1]))
-    assert widths == [1, 8, 64]  # plain, then another, then where a flat line leads
+    assert widths == [16, 32, 64]
 
 
 def test_what_a_call_found_serves_the_next():
@@ -187,9 +280,9 @@ def test_what_a_call_found_serves_the_next():
 
 def test_a_little_better_is_no_reason_to_change():
     memory = WindowMemory()
+    memory.costs[1, 1].extend([1.0] * 3)
     schedule = WindowSchedule(128, endless, one, memory)
     schedule.observe(record(1))
-    memory.costs[1, 1].extend([1.0] * 3)
     units = memory.expected()
     for width in BUCKETS[1:]:
         memory.costs[1, width].extend([units(width) / (1.2 if width == 16 else 1.1)] * 3)

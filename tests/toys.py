@@ -161,8 +161,10 @@ def joint_law(table: Tensor, law_of=lambda logits: logits.softmax(-1)) -> Tensor
     return torch.tensor(probs, dtype=torch.float64)
 
 
-def chi_square_p(outcomes: Tensor, law: Tensor) -> float:
-    """P-value of the joint counts; cells with fewer than five expected are pooled.
+def chi_square(outcomes: Tensor, law: Tensor) -> tuple[float, int, float]:
+    """Statistic, degrees of freedom and p-value of the joint counts.
+
+    Cells with fewer than five expected are pooled.
 
     Args:
         outcomes: Tokens ``[samples, positions]``.
@@ -178,9 +180,13 @@ def chi_square_p(outcomes: Tensor, law: Tensor) -> float:
     observed = torch.cat([counts[~small], counts[small].sum()[None]])
     wanted = torch.cat([expected[~small], expected[small].sum()[None]])
     keep = wanted > 1e-9
-    return float(
-        stats.chisquare(observed[keep].numpy(), wanted[keep].numpy(), sum_check=False).pvalue
-    )
+    found = stats.chisquare(observed[keep].numpy(), wanted[keep].numpy(), sum_check=False)
+    return float(found.statistic), int(keep.sum()) - 1, float(found.pvalue)
+
+
+def chi_square_p(outcomes: Tensor, law: Tensor) -> float:
+    """P-value of `chi_square`."""
+    return chi_square(outcomes, law)[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +196,7 @@ class ToyRun:
     outputs: Tensor  # [rows, length]
     tau: float
     num_accepted: int
+    num_ends: int  # different steps in which rows ended: rows of a batch go on by themselves
     guarantee: str
 
 
@@ -204,18 +211,28 @@ class EagerSchedule(FixedSchedule):
 def run_toy(
     table: Tensor,
     make_drafter,
-    rule: str = "exact",
+    rule="exact",
     *,
     num_rows: int = 50_000,
     width: int = 4,
     seed: int = 0,
     config: LawConfig | None = None,
 ) -> ToyRun:
-    """Runs the engine on a toy; ``make_drafter`` gets the rows."""
+    """Runs the engine on a toy.
+
+    Args:
+        table: Of the target.
+        make_drafter: Gets the rows.
+        rule: A name, or what makes a rule of a law and rows.
+        num_rows: Samples, all rows of one batch.
+        width: Nodes per row and step.
+        seed: Of the noise.
+        config: Of the law.
+    """
     rows = toy_rows(num_rows, len(table), seed)
     law = build_law(config or LawConfig())
     schedule = EagerSchedule(width, lambda: rows.max_remaining)
-    made = build_rule(rule, law, rows)
+    made = rule(law, rows) if callable(rule) else build_rule(rule, law, rows)
     engine = Engine(TableTarget(rows, table), make_drafter(rows), made, schedule)
     # The statistics of tens of thousands of single rows would cost more than the run.
     steps = [record for record, _ in engine.stream()]
@@ -223,5 +240,6 @@ def run_toy(
         outputs=rows.tokens_BT[:, len(PROMPT) : len(PROMPT) + len(table)],
         tau=num_rows * len(table) / sum(sum(step.was_active) for step in steps),
         num_accepted=sum(sum(step.num_accepted) for step in steps),
+        num_ends=len({sum(step.was_active) for step in steps}),
         guarantee=made.guarantee,
     )

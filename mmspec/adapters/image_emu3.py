@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmspec.adapters.constraints import TokensByPosition
-from mmspec.adapters.token_image import ImageLayout
+from mmspec.adapters.token_image import ImageCodes, ImageLayout
 from mmspec.checks import is_integer, require
 from mmspec.forward import text_device
 from mmspec.law_config import AllowedTokens
@@ -52,11 +52,7 @@ class Emu3Family:
             )
         self.codebook_size = self._num_codes + len(FORCED)
         code_ids = [ids[code] for code in range(self._num_codes)]
-        first, last = code_ids[0], code_ids[-1]
-        is_run = code_ids == list(range(first, last + 1))
-        #: Which rows of the head are codes; a slice copies nothing.
-        self._codes: Any = slice(first, last + 1) if is_run else torch.tensor(code_ids)
-        self._token_ids = torch.tensor([*code_ids, *(mapping.vocab_map[name] for name in FORCED)])
+        self._tokens = ImageCodes(code_ids, [mapping.vocab_map[name] for name in FORCED])
 
     def layout(self, height: int | None, width: int | None) -> ImageLayout:
         """The layout of images of any size that the codes tile.
@@ -125,16 +121,11 @@ class Emu3Family:
 
     def embed_image(self, codes: Tensor) -> Tensor:
         """Codes and forced tokens to embeddings."""
-        self._token_ids = self._token_ids.to(codes.device)
-        return self._model.get_input_embeddings()(self._token_ids[codes])
+        return self._model.get_input_embeddings()(self._tokens.ids(codes))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits over the codes; those of forced tokens are 0, for only the position decides."""
-        head = self._model.lm_head
-        if type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook"):
-            logits = torch.nn.functional.linear(hidden, head.weight[self._codes])
-        else:  # quantised, or moved from device to device by accelerate
-            logits = head(hidden)[..., self._codes]
+        logits = self._tokens.logits(self._model.lm_head, hidden)
         return torch.nn.functional.pad(logits, (0, len(FORCED)))
 
     def decode(self, codes: Tensor, layout: ImageLayout) -> Tensor:
@@ -153,7 +144,8 @@ class Emu3Family:
         device = table.masks_CV.device
         masks = torch.zeros(1 + len(table.masks_CV), vocab_size, dtype=torch.bool, device=device)
         masks[0, self._model.config.get_text_config().pad_token_id] = True
-        masks[1:, self._token_ids.to(device)] = table.masks_CV
+        ids = self._tokens.ids(torch.arange(self.codebook_size, device=device))
+        masks[1:, ids] = table.masks_CV
         return TokensByPosition(
             table=AllowedTokens(
                 class_of_position_T=table.class_of_position_T + 1,

@@ -82,7 +82,7 @@ class GlmImageFamily:
             rows=rows,
             columns=columns,
             num_tokens=num_tokens,
-            stride=columns,
+            stride=_strides(grids),
             code_index=torch.arange(num_tokens - rows * columns, num_tokens),
             place=functools.partial(place_codes, offsets_AT),
         )
@@ -223,3 +223,9 @@ def _grid_offsets(grids: Sequence[Grid]) -> Tensor:
         blocks.append(start + torch.stack([still, code // width, code % width]))
         start += max(height, width)
     return torch.cat([*blocks, torch.full((3, 1), start)], dim=1)
+
+
+def _strides(grids: Sequence[Grid]) -> Tensor:
+    """From the code above to every code, ``[T]``; each grid has lines of its own length."""
+    codes = [(torch.arange(height * width), width) for height, width in grids]
+    return torch.cat([torch.where(code < width, 0, width) for code, width in codes])

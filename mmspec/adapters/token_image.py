@@ -28,7 +28,8 @@ class ImageLayout:
         rows: Codes from top to bottom.
         columns: Codes from left to right.
         num_tokens: New tokens of a row, forced ones and other grids included.
-        stride: Tokens from a code to the one below it.
+        stride: Tokens from the code above to a code: one number where it is the same throughout,
+            or one for each new token, ``[num_tokens]``, 0 where none is above.
         code_index: Which of the new tokens is each code, ``[rows * columns]``, int64, on the CPU.
         allowed: Which tokens may stand where; None where any code may.
         place: Positions as the backbone counts them, ``[..., B, N]``, of places in the rows
@@ -38,10 +39,67 @@ class ImageLayout:
     rows: int
     columns: int
     num_tokens: int
-    stride: int
+    stride: int | Tensor
     code_index: Tensor
     allowed: AllowedTokens | None = None
     place: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def square_layout(name: str, side: int, height: int | None, width: int | None) -> ImageLayout:
+    """The layout of a family that makes images of one size, of codes alone.
+
+    Args:
+        name: The family's name.
+        side: Codes on a side.
+        height: The height asked for, which must be None.
+        width: The width asked for, likewise.
+
+    Raises:
+        ValueError: If a size is asked for.
+    """
+    if height is not None or width is not None:
+        raise ValueError(
+            f"{name} makes images of one size; leave height and width at None, got "
+            f"height={height!r}, width={width!r}"
+        )
+    return ImageLayout(
+        rows=side,
+        columns=side,
+        num_tokens=side * side,
+        stride=side,
+        code_index=torch.arange(side * side),
+    )
+
+
+class ImageCodes:
+    """Where a vocabulary of text and images keeps its image codes."""
+
+    def __init__(self, code_ids: Sequence[int], more_ids: Sequence[int] = ()) -> None:
+        """Notes the places.
+
+        Args:
+            code_ids: Id of each code.
+            more_ids: Ids of the tokens behind the codes, which the head is not asked for.
+        """
+        first = min(code_ids)
+        # A slice copies nothing of the head; what it has out of order is sorted out in the logits.
+        self._rows = slice(first, max(code_ids) + 1)
+        order = [place - first for place in code_ids]
+        self._order = None if order == list(range(len(order))) else torch.tensor(order)
+        self._ids = torch.tensor([*code_ids, *more_ids])
+
+    def ids(self, tokens: Tensor) -> Tensor:
+        """Ids of the vocabulary, of tokens of a row."""
+        self._ids = self._ids.to(tokens.device)
+        return self._ids[tokens]
+
+    def logits(self, head: Any, hidden: Tensor) -> Tensor:
+        """Logits over the codes alone, by the rows of a head over the whole vocabulary."""
+        if type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook"):
+            logits = torch.nn.functional.linear(hidden, head.weight[self._rows])
+        else:  # quantised, or moved from device to device by accelerate
+            logits = head(hidden)[..., self._rows]
+        return logits if self._order is None else logits[..., self._order.to(logits.device)]
 
 
 class ImageFamily(Protocol):
@@ -124,18 +182,7 @@ class JanusFamily:
         Raises:
             ValueError: If a size is asked for.
         """
-        if height is not None or width is not None:
-            raise ValueError(
-                f"Janus makes images of one size; leave height and width at None, got "
-                f"height={height!r}, width={width!r}"
-            )
-        return ImageLayout(
-            rows=self.grid_width,
-            columns=self.grid_width,
-            num_tokens=self.num_image_tokens,
-            stride=self.grid_width,
-            code_index=torch.arange(self.num_image_tokens),
-        )
+        return square_layout("Janus", self.grid_width, height, width)
 
     def prompt(self, processor: Any, text: str, layout: ImageLayout) -> list[int]:
         """Token ids of a prompt by its chat template if it has one; begin-of-image last."""
@@ -183,6 +230,7 @@ class JanusFamily:
 
 #: Model type -> (module, class), imported on demand. Other models are refused by name.
 FAMILIES = {
+    "chameleon": ("mmspec.adapters.image_chameleon", "ChameleonFamily"),
     "emu3": ("mmspec.adapters.image_emu3", "Emu3Family"),
     "glm_image": ("mmspec.adapters.image_glm", "GlmImageFamily"),
     "janus": ("mmspec.adapters.token_image", "JanusFamily"),
@@ -283,7 +331,7 @@ class TokenImageTarget:
         first, self._first_logits = self._first_logits, None
         if first is not None and proposal.width == 1:
             return Scores(logits_BNV=first, positions_BN=positions_BN, forward_time_s=0.0)
-        embeds = self._guidance.twice(self._embed(proposal.tokens_BN))
+        embeds = self._guidance.twice(self._embed(proposal))
         started = time.perf_counter()
         output = self.forward.run(
             {"inputs_embeds": embeds}, **self._guidance.run_arguments(proposal, positions_BN)
@@ -305,10 +353,13 @@ class TokenImageTarget:
         """One law per image, ``[B, N, V]``, from the logits of both halves."""
         return self._guidance.mixed(as_law_dtype(logits).to(self.rows.lengths_B.device))
 
-    def _embed(self, tokens_BN: Tensor) -> Tensor:
-        """Roots of fresh rows are text, everything else is image."""
+    def _embed(self, proposal: Proposal) -> Tensor:
+        """Roots of fresh rows are text, everything else is image; drafts are always tokens."""
+        tokens_BN = proposal.tokens_BN
         codes = tokens_BN.clamp(max=self.vocab_size - 1)
         embeds = self._family.embed_image(codes)
+        if proposal.noisy_BNH is not None:
+            embeds = torch.where(proposal.valid_BN[..., None], embeds, proposal.noisy_BNH)
         is_fresh = [
             len(tokens) == prompt
             for tokens, prompt in zip(self.rows.host_tokens, self.rows.prompt_lengths, strict=True)

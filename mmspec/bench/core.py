@@ -3,7 +3,11 @@
 Two questions. Does plain decoding through our engine (no drafter, one token per forward) keep up
 with ``generate`` on the same weights, attention and kind of cache? And which share of the wall time
 is spent outside the forwards of the model, in the bookkeeping that speculation needs? A tiny model
-makes the second question hard: its forwards cost next to nothing.
+makes both questions hard, for its forwards cost next to nothing; ``mid`` and ``mid-image`` have
+random weights too, but forwards of about 30 ms, as a small real model has.
+
+The first question is asked by short runs of both, back to back, many times: a single ratio of two
+times is off by several percent, the median of many is not.
 """
 
 import time
@@ -17,6 +21,14 @@ import torch
 import typer
 from torch import nn
 
+from mmspec.bench.image_setups import (
+    bundle_of,
+    image_card,
+    image_engine,
+    image_models,
+    load_captions,
+    load_image,
+)
 from mmspec.bench.measure import (
     Budget,
     ForwardMeter,
@@ -27,27 +39,23 @@ from mmspec.bench.measure import (
     median,
     open_store,
     provenance,
+    quartiles,
     ratio,
+    stem,
     timed,
 )
 from mmspec.bench.report import Output, card_table, percent, publish, table
 from mmspec.bench.setups import (
     DTYPES,
-    IMAGE_MODELS,
     TEXT_MODELS,
     TextModel,
     generate_text,
-    image_card,
-    image_engine,
-    load_captions,
-    load_image,
     load_prompts,
     load_text,
     text_card,
     text_engine,
 )
 from mmspec.bench.tasks import System, Task, interleaved, run_tasks, samples_of
-from mmspec.drafters.jacobi import default_window
 from mmspec.engine import Engine
 from mmspec.pipelines.image import SpeculativeImagePipeline
 
@@ -61,8 +69,12 @@ PHASES = {
 }
 ORDER = ("plan", "propose", "forward", "score", "verify", "commit", "learn", "record", "observe")
 #: Largest share of wall time outside forwards that we want.
-GOALS = {"smollm2": 0.10, "avatars": 0.25, "tiny-image": 0.25}
+GOALS = {"smollm2": 0.10, "avatars": 0.25, "tiny-image": 0.25, "mid": 0.05, "mid-image": 0.05}
 GUIDANCE = 3.0
+#: Windows of the exact decoder whose phases are timed.
+WINDOWS = (16, 32)
+#: Models whose runs are so short that a pair of them is off by several percent.
+SHORT = ("tiny",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +86,7 @@ class Config:
     batch: int
     temperature: float
     num_tokens: int
+    num_pairs: int
     seed: int
 
     @property
@@ -90,17 +103,21 @@ class Config:
 
 def run(
     model: Annotated[
-        str, typer.Option(help="Of tiny, smollm2, avatars, tiny-image.")
+        str, typer.Option(help="Of tiny, mid, smollm2, mid-image, tiny-image, avatars, ...")
     ] = "tiny,smollm2,avatars",
     dtype: Annotated[str, typer.Option(help="Of float32, bfloat16, ...")] = "float32,bfloat16",
     temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,1",
     batch: Annotated[str, typer.Option(help="Rows per call.")] = "1,8",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens per row and call.")] = 64,
     repeats: Annotated[int, typer.Option(help="Repetitions of each call.")] = 5,
+    pairs: Annotated[
+        int, typer.Option(help="Repetitions of the loop beside generate for the tiny model.")
+    ] = 60,
     minutes: Annotated[float | None, typer.Option(help="Stop then; run again to go on.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampled outputs.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of samples and report.")] = Path("mmspec-bench"),
+    label: Annotated[str, typer.Option(help="Part of the names of both files.")] = "",
     json_only: Annotated[bool, typer.Option("--json", help="Only the last line.")] = False,
 ) -> dict[str, Any]:
     """Measure the core: our plain loop beside generate, and the time outside forwards.
@@ -112,8 +129,9 @@ def run(
         ValueError: If an option is out of range.
         typer.Exit: With code 1 if plain greedy decoding was not identical in float32 or float64.
     """
+    stem("core", label)
     output, budget = Output(json_only=json_only), Budget(minutes)
-    names = csv(model, (*TEXT_MODELS, *IMAGE_MODELS))
+    names = csv(model.replace("bundled:", ""), (*TEXT_MODELS, *image_models()))
     loaded = {
         (name, kind): _load(name, kind, device)
         for name in names
@@ -126,24 +144,25 @@ def run(
             batch=int(size),
             temperature=float(heat),
             num_tokens=max_new_tokens,
+            num_pairs=pairs if name in SHORT else repeats,
             seed=seed,
         )
         for size in csv(batch)
         for heat in csv(temperature)
         for name, kind in loaded
     ]
-    bundles = ["prompts", *(["avatars"] if set(names) & set(IMAGE_MODELS) else [])]
-    facts = provenance(torch.device(device), bundles)
+    bundles = {bundle_of(name) for name in names if name not in TEXT_MODELS}
+    facts = provenance(torch.device(device), ["prompts", *sorted(bundles)])
     sizes = [int(size) for size in csv(batch)]
     card = [
         {"type": "card", "model": name, "dtype": kind, "batch": size, **line}
         for (name, kind), what in loaded.items()
         for size in sizes
-        for line in _card(what, size)
+        for line in _card(what, name, size)
     ]
     output.show("Ceiling: what a forward costs", card_table(card))
     tasks = interleaved([_tasks(config, loaded[config.model, config.dtype]) for config in configs])
-    store = open_store(out / "core.jsonl", facts)
+    store = open_store(out, "core", label, facts)
     missing = run_tasks(tasks, repeats, store, budget, output.say)
     rows = summarise(samples_of(tasks, repeats, store))
     sections = [("Ceiling: what a forward costs", card_table(card)), *_sections(rows)]
@@ -166,10 +185,10 @@ def _load(name: str, dtype: str, device: str) -> TextModel | SpeculativeImagePip
     return load_image(name, dtype, device)
 
 
-def _card(loaded: TextModel | SpeculativeImagePipeline, batch: int) -> list[Sample]:
+def _card(loaded: TextModel | SpeculativeImagePipeline, name: str, batch: int) -> list[Sample]:
     if isinstance(loaded, TextModel):
         return text_card(loaded, batch)
-    return image_card(loaded, batch, GUIDANCE)
+    return image_card(loaded, name, batch, GUIDANCE)
 
 
 # --------------------------------------------------------------------------- tasks
@@ -215,8 +234,15 @@ def _text_tasks(config: Config, loaded: TextModel) -> list[Task]:
     def whole(call: Callable[[int, int], list[list[int]]]) -> System:
         def measure(repeat: int) -> Sample:
             seed = config.seed + repeat
-            tokens, time_s = timed(lambda: call(config.num_tokens, seed), loaded.device)
-            return {"tokens": tokens, "num_units": sum(map(len, tokens)), "time_s": time_s}
+            with ForwardMeter(loaded.model) as meter:
+                tokens, time_s = timed(lambda: call(config.num_tokens, seed), loaded.device)
+            return {
+                "tokens": tokens,
+                "num_units": sum(map(len, tokens)),
+                "num_forwards": meter.num_full,
+                "time_s": time_s,
+                "forward_time_s": meter.time_s,
+            }
 
         return measure
 
@@ -234,6 +260,7 @@ def _text_tasks(config: Config, loaded: TextModel) -> list[Task]:
             systems={"generate": whole(generate), "plain": whole(plain)},
             facts={"type": "loop_sample", **config.facts},
             finish=lambda samples: _compare(samples, is_greedy=config.temperature == 0),
+            repeats=config.num_pairs,
             **common,  # type: ignore[arg-type]
         ),
         Task(
@@ -246,9 +273,8 @@ def _text_tasks(config: Config, loaded: TextModel) -> list[Task]:
 
 
 def _image_tasks(config: Config, pipe: SpeculativeImagePipeline) -> list[Task]:
-    captions = [entry["caption"] for entry in load_captions(config.batch)]
+    captions = [entry["caption"] for entry in load_captions(config.batch, config.model)]
     family_model: Any = pipe.model.model
-    width = default_window(family_model.vision_model.config.num_image_tokens)
 
     def phases(window: int) -> System:
         return lambda repeat: _clocked(
@@ -265,14 +291,15 @@ def _image_tasks(config: Config, pipe: SpeculativeImagePipeline) -> list[Task]:
         )
 
     def warm_up() -> None:
-        phases(width)(0)
+        for width in WINDOWS:
+            phases(width)(0)
 
     key = f"{config.model}/{config.dtype}/T{config.temperature:g}/b{config.batch}/s{config.seed}"
     return [
         Task(
             key=f"phases/{key}",
             label=config.label,
-            systems={"sequential": phases(1), f"exact_w{width}": phases(width)},
+            systems={"sequential": phases(1), **{f"exact_w{w}": phases(w) for w in WINDOWS}},
             facts={"type": "phase_sample", **config.facts},
             warm_up=warm_up,
         )
@@ -338,22 +365,34 @@ def summarise(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _loop_row(key: tuple[Any, ...], systems: Mapping[str, list[Sample]]) -> Sample:
-    own, theirs = systems["plain"], systems["generate"]
-    seconds = {s["repeat"]: s["time_s"] / s["num_units"] for s in theirs}
+    own, theirs = systems["plain"], {s["repeat"]: s for s in systems["generate"]}
+    pairs = [(theirs[s["repeat"]], s) for s in own if s["repeat"] in theirs]
+    speedups = [_per_token(other, "time_s") / _per_token(s, "time_s") for other, s in pairs]
     equal = sum(s.get("num_rows_equal", 0) for s in own)
-    return {
+    row = {
         "type": "loop",
         **dict(zip(_FIELDS, key, strict=True)),
-        "num_samples": len(own),
-        "generate_ms_per_token": 1e3 * (median(seconds.values()) or 0.0),
-        "plain_ms_per_token": 1e3 * (median(s["time_s"] / s["num_units"] for s in own) or 0.0),
-        "speedup_median": median(
-            seconds[s["repeat"]] * s["num_units"] / s["time_s"]
-            for s in own
-            if s["repeat"] in seconds
-        ),
+        "num_pairs": len(pairs),
+        "speedup_median": median(speedups),
+        "speedup_quartiles": quartiles(speedups),
         "equal_generate": ratio(equal, sum(s.get("num_rows", 0) for s in own)),
     }
+    for name, samples in systems.items():
+        for part, measure in _PARTS.items():
+            row[f"{name}_{part}_ms"] = 1e3 * (median(measure(s) for s in samples) or 0.0)
+    return row
+
+
+def _per_token(sample: Sample, what: str) -> float:
+    return sample[what] / sample["num_units"]
+
+
+#: What is said of a run of either loop, in seconds per token.
+_PARTS: dict[str, Callable[[Sample], float]] = {
+    "total": lambda s: _per_token(s, "time_s"),
+    "forward": lambda s: _per_token(s, "forward_time_s"),
+    "outside": lambda s: _per_token(s, "time_s") - _per_token(s, "forward_time_s"),
+}
 
 
 def _phase_row(key: tuple[Any, ...], samples: Sequence[Sample]) -> Sample:
@@ -391,7 +430,10 @@ def _sections(rows: Sequence[Sample]) -> list[tuple[str, str]]:
     loops = [
         [
             *_place(row),
-            *(row[n] for n in ("generate_ms_per_token", "plain_ms_per_token", "speedup_median")),
+            row["num_pairs"],
+            *(row[f"{name}_{part}_ms"] for part in _PARTS for name in ("generate", "plain")),
+            f"{row['speedup_median']:.3f}",
+            " to ".join(f"{quartile:.3f}" for quartile in row["speedup_quartiles"]),
             percent(row["equal_generate"]),
         ]
         for row in rows
@@ -416,9 +458,15 @@ def _sections(rows: Sequence[Sample]) -> list[tuple[str, str]]:
             table(
                 [
                     *common,
+                    "pairs",
                     "generate ms/token",
                     "plain ms/token",
+                    "generate, forwards",
+                    "plain, forwards",
+                    "generate, outside",
+                    "plain, outside",
                     "× generate (median)",
+                    "quartiles",
                     "= generate",
                 ],
                 loops,

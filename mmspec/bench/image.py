@@ -1,4 +1,4 @@
-"""Images: forwards and wall time beside transformers' own image generation, and quality.
+"""Images: forwards, wall time and memory beside transformers' own image generation, and quality.
 
 All systems run in one process on one loaded model, in turn, with the same captions. What is timed
 ends with the image tokens; turning them into pixels costs the same for all and is left out.
@@ -7,9 +7,9 @@ the faster of the two is the yardstick. It cannot run without guidance (scale 1)
 plain decoding is the only yardstick.
 """
 
-from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,38 +18,42 @@ import typer
 from torch import Tensor
 
 from mmspec.adapters.token_image import image_family
+from mmspec.bench.image_report import GENERATE, failures, speed_sections, summarise
+from mmspec.bench.image_setups import (
+    bundle_of,
+    image_card,
+    image_models,
+    judge_of,
+    load_captions,
+    load_image,
+)
 from mmspec.bench.measure import (
     Budget,
     ForwardMeter,
     Sample,
     csv,
     final_line,
-    median,
     open_store,
     provenance,
+    stem,
     timed,
 )
-from mmspec.bench.quality import (
-    FIELDS,
-    grouped,
-    quality_sections,
-    score,
-    summarise_quality,
-    title_of,
-)
-from mmspec.bench.report import Output, card_table, percent, publish, table
-from mmspec.bench.setups import DTYPES, image_card, load_captions, load_image, seeded
+from mmspec.bench.memory import measured_memory, memory_sections, summarise_memory
+from mmspec.bench.quality import quality_sections, score, summarise_quality
+from mmspec.bench.report import Output, card_table, publish
+from mmspec.bench.setups import DTYPES, seeded
 from mmspec.bench.tasks import System, Task, Unavailable, interleaved, run_tasks, samples_of
 from mmspec.drafters.jacobi import default_window
 from mmspec.pipelines.image import ImageOutput, SpeculativeImagePipeline
+from mmspec.pipelines.image_decoders import DECODERS
 
-GENERATE = {"generate": {}, "generate_dynamic": {"cache_implementation": "dynamic"}}
 Systems = dict[str, tuple[str, int | None]]
 #: The same as systems: name -> what runs it and its window.
 GENERATED: Systems = {name: (name, 1) for name in GENERATE}
-DECODERS = ("sequential", "exact", "coupled", "sjd")
 #: Rows of one call when quality is measured; only speed depends on it.
 QUALITY_BATCH = 16
+#: What a task is for -> the type of its samples.
+PURPOSES = {"image": "sample", "quality": "quality_sample", "memory": "memory_sample"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,28 +67,32 @@ class Config:
     batch: int
     guidance: float
     seed: int
-    is_scored: bool = False
+    purpose: str = "image"
+    #: Calls of this process that chose their own window, by what they share their findings with.
+    chosen: Counter[tuple[str, str, float]] = field(default_factory=Counter)
 
     @property
     def label(self) -> str:
         """In words."""
-        what = "quality, " if self.is_scored else ""
+        what = "" if self.purpose == "image" else f"{self.purpose}, "
         heat = f"T={self.temperature:g}"
         return f"{what}{self.dtype} {heat} guidance {self.guidance:g} batch {self.batch}"
 
     @property
     def key(self) -> str:
         """In a file."""
-        what = "quality" if self.is_scored else "image"
         where = f"g{self.guidance:g}/b{self.batch}/s{self.seed}"
-        return f"{what}/{self.model}/{self.dtype}/T{self.temperature:g}/{where}"
+        return f"{self.purpose}/{self.model}/{self.dtype}/T{self.temperature:g}/{where}"
 
 
 def run(
-    model: Annotated[str, typer.Option(help="avatars or tiny-image")] = "avatars",
+    model: Annotated[
+        str, typer.Option(help="bundled:NAME, or NAME; tiny-image, mid-image: random weights.")
+    ] = "avatars",
     decoders: Annotated[str, typer.Option(help="Of ours.")] = ",".join(DECODERS),
     window: Annotated[
-        str, typer.Option(help="Tokens per forward; auto is the pipeline's own choice.")
+        str,
+        typer.Option("--window", "--windows", help="Tokens per forward; auto: the default choice."),
     ] = "8,16,32,64,128",
     guidance: Annotated[str, typer.Option(help="Scales; 1 is none.")] = "1,3,5",
     batch: Annotated[str, typer.Option(help="Images per call.")] = "1,8",
@@ -96,14 +104,18 @@ def run(
         bool, typer.Option("--quality-generate", help="Judge transformers' own images as well.")
     ] = False,
     quality_guidance: Annotated[str, typer.Option(help="Scales for quality.")] = "3",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Count the bytes that one call of each system takes.")
+    ] = False,
     repeats: Annotated[int, typer.Option(help="Repetitions, each with a seed of its own.")] = 3,
     minutes: Annotated[float | None, typer.Option(help="Stop then; run again to go on.")] = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of samples and report.")] = Path("mmspec-bench"),
+    label: Annotated[str, typer.Option(help="Part of the names of both files.")] = "",
     json_only: Annotated[bool, typer.Option("--json", help="Only the last line.")] = False,
 ) -> dict[str, Any]:
-    """Measure images: forwards, wall time and quality beside transformers' own generation.
+    """Measure images: forwards, wall time, memory, quality beside transformers' own generation.
 
     Returns:
         The object of the last line; see `mmspec.bench.measure.FINAL_LINE`.
@@ -112,49 +124,60 @@ def run(
         ValueError: If an option is out of range.
         typer.Exit: With code 1 if the exact decoder was not identical in float32 or float64.
     """
+    stem("image", label)
     output, budget = Output(json_only=json_only), Budget(minutes)
-    ours = csv(decoders, DECODERS)
+    [model] = csv(model.removeprefix("bundled:"), image_models())
+    ours = csv(decoders, list(DECODERS))
+    systems = GENERATED | _systems(ours, [_width(width) for width in csv(window)])
     pipes = {name: load_image(model, name, device) for name in csv(dtype, list(DTYPES))}
-    facts = provenance(torch.device(device), ["avatars"])
+    facts = provenance(torch.device(device), [bundle_of(model)])
     base: dict[str, Any] = {"model": model, "temperature": temperature, "seed": seed}
+    base["chosen"] = Counter()
 
-    def configs(sizes: Sequence[int], scales: str, *, is_scored: bool) -> list[Config]:
+    def configs(sizes: Sequence[int], scales: str, purpose: str) -> list[Config]:
         return [
-            Config(pipe=pipe, dtype=name, batch=size, guidance=scale, is_scored=is_scored, **base)
+            Config(pipe=pipe, dtype=name, batch=size, guidance=scale, purpose=purpose, **base)
             for size in sizes
             for scale in map(float, csv(scales))
             for name, pipe in pipes.items()
         ]
 
-    speed = configs([int(size) for size in csv(batch)], guidance, is_scored=False)
-    scored = configs([min(QUALITY_BATCH, quality)], quality_guidance, is_scored=True)
-    speed, scored = speed if prompts else [], scored if quality else []
+    sizes = [int(size) for size in csv(batch)]
+    speed = configs(sizes, guidance, "image") if prompts else []
+    held = configs(sizes, guidance, "memory") if memory else []
+    judge = judge_of(model)
+    count = quality if judge is not None else 0
+    scored = configs([min(QUALITY_BATCH, count)], quality_guidance, "quality") if count else []
     card = [line for config in speed for line in _card(config)]
     sections = [("Ceiling: what a forward costs", card_table(card))] if card else []
     for title, text in sections:
         output.show(title, text)
-    systems = GENERATED | _systems(
-        ours, [None if width == "auto" else int(width) for width in csv(window)]
+    width = _default_window(next(iter(pipes.values())), min(QUALITY_BATCH, max(count, 1)))
+    defaults = (GENERATED if quality_generate else {}) | _systems(ours, [width])
+    tasks = {
+        "image": interleaved([_tasks(config, prompts, systems) for config in speed]),
+        "quality": interleaved([_tasks(config, count, defaults) for config in scored]),
+        "memory": interleaved([_tasks(config, config.batch, systems) for config in held]),
+    }
+    store = open_store(out, "image", label, facts)
+    missing = run_tasks(
+        [t for each in tasks.values() for t in each], repeats, store, budget, output.say
     )
-    width = _default_window(next(iter(pipes.values())), min(QUALITY_BATCH, max(quality, 1)))
-    defaults = _systems(ours, [width])
-    defaults = (GENERATED if quality_generate else {}) | defaults
-    tasks = interleaved([_tasks(config, prompts, systems) for config in speed])
-    judging = interleaved([_tasks(config, quality, defaults) for config in scored])
-    store = open_store(out / "image.jsonl", facts)
-    missing = run_tasks([*tasks, *judging], repeats, store, budget, output.say)
     missing += _unfilled(speed, prompts)
-    rows = summarise(samples_of(tasks, repeats, store))
-    judged = summarise_quality(samples_of(judging, repeats, store))
-    results = _sections(rows, judged)
+    if quality and judge is None:
+        missing.append(f"quality: nothing says what pictures of {model} show")
+    samples = {name: samples_of(each, repeats, store) for name, each in tasks.items()}
+    rows = summarise(samples["image"])
+    judged, stored = summarise_quality(samples["quality"]), summarise_memory(samples["memory"])
+    results = [*speed_sections(rows), *memory_sections(stored), *quality_sections(judged)]
     for title, text in results:
         output.show(title, text)
     line = final_line(
         "image",
         facts,
-        [*card, *rows, *judged],
+        [*card, *rows, *stored, *judged],
         left_out=missing,
-        failures=_failures(rows),
+        failures=failures(rows),
         time_s=budget.elapsed_s,
     )
     return publish(line, [*sections, *results], out, output)
@@ -180,17 +203,31 @@ def _systems(decoders: Sequence[str], windows: Sequence[int | None]) -> Systems:
     return systems
 
 
+def _width(text: str) -> int | None:
+    """A window; None where it is chosen.
+
+    Raises:
+        ValueError: If it is neither a number above 0 nor "auto".
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"a window must be a number above 0 or 'auto', got {text!r}")
+    return int(text)
+
+
 def _tasks(config: Config, limit: int, systems: Systems) -> list[Task]:
-    entries = load_captions(limit, is_fresh=config.is_scored)
+    is_scored = config.purpose == "quality"
+    entries = load_captions(limit, config.model, is_fresh=is_scored)
     size = config.batch
     # A call that is smaller than the others would blur the times, not the quality.
-    count = len(entries) if config.is_scored else len(entries) - len(entries) % size
+    count = len(entries) if is_scored else len(entries) - len(entries) % size
     return [_task(config, i, entries[i : i + size], systems) for i in range(0, count, size)]
 
 
 def _unfilled(configs: Sequence[Config], limit: int) -> list[str]:
     """Captions that no task takes because they do not fill a batch."""
-    count = len(load_captions(limit))
+    count = len(load_captions(limit, configs[0].model)) if configs else 0
     return [
         f"{config.label}: {count % config.batch} captions that do not fill a batch"
         for config in configs
@@ -205,13 +242,16 @@ def _task(
     systems: Systems,
 ) -> Task:
     captions = [entry["caption"] for entry in entries]
+    measure = _memory if config.purpose == "memory" else _measure
 
     def system(decoder: str, width: int | None) -> System:
-        return lambda repeat: _measure(config, decoder, width, captions, repeat)
+        return lambda repeat: measure(config, decoder, width, captions, repeat)
 
     def finish(samples: Mapping[str, Sample]) -> None:
-        if config.is_scored and config.model == "avatars":
-            score(config.pipe.model, samples.values(), [entry["attributes"] for entry in entries])
+        judge = judge_of(config.model)
+        if config.purpose == "quality" and judge is not None:
+            stated = [entry["attributes"] for entry in entries]
+            score(judge, config.pipe.model, samples.values(), stated)
         _compare(samples, is_greedy=config.temperature == 0)
 
     return Task(
@@ -219,7 +259,7 @@ def _task(
         label=config.label,
         systems={name: system(*what) for name, what in systems.items()},
         facts={
-            "type": "quality_sample" if config.is_scored else "sample",
+            "type": PURPOSES[config.purpose],
             "model": config.model,
             "dtype": config.dtype,
             "temperature": config.temperature,
@@ -230,7 +270,7 @@ def _task(
         # One image of each kind of shape; the tokens are thrown away.
         warm_up=lambda: _warm_up(config, captions, systems),
         finish=finish,
-        max_repeats=1 if config.is_scored else None,
+        repeats=None if config.purpose == "image" else 1,
     )
 
 
@@ -243,20 +283,10 @@ def _warm_up(config: Config, captions: Sequence[str], systems: Container[str]) -
 def _measure(
     config: Config, decoder: str, width: int | None, captions: Sequence[str], repeat: int
 ) -> Sample:
-    backbone, seed = config.pipe.model.model.language_model, config.seed + repeat
-    if decoder in GENERATE and not config.guidance > 1:
-        raise Unavailable("transformers' Janus needs a guidance scale above 1")
-    with ForwardMeter(backbone) as meter:
-        if decoder in GENERATE:
-            tokens, time_s = timed(
-                lambda: _generate(config, captions, seed, GENERATE[decoder]), config.pipe.device
-            )
-            figures = _plain_figures(meter.num_full, len(captions))
-        else:
-            out, time_s = timed(
-                lambda: _ours(config, decoder, width, captions, seed), config.pipe.device
-            )
-            tokens, figures = out.tokens, _our_figures(out)
+    call, figures = _call(config, decoder, width, captions, repeat)
+    with ForwardMeter(config.pipe.model.model.language_model) as meter:
+        answer, time_s = timed(call, config.pipe.device)
+    tokens, counts = figures(answer, meter.num_full)
     return {
         "tokens": tokens,
         "window": width,
@@ -264,11 +294,58 @@ def _measure(
         "num_units": tokens.numel(),
         "time_s": time_s,
         "num_forwards": meter.num_full,
-        **figures,
+        **counts,
     }
 
 
+def _memory(
+    config: Config, decoder: str, width: int | None, captions: Sequence[str], repeat: int
+) -> Sample:
+    call, figures = _call(config, decoder, width, captions, repeat)
+    answer, sizes = measured_memory(config.pipe.model.model.language_model, call)
+    tokens, counts = figures(answer, 0)
+    return {
+        "tokens": tokens,
+        "window": width,
+        "num_images": len(captions),
+        "guarantee": counts["guarantee"],
+        **sizes,
+    }
+
+
+def _call(
+    config: Config, decoder: str, width: int | None, captions: Sequence[str], repeat: int
+) -> tuple[Callable[[], Any], Callable[[Any, int], tuple[Tensor, Sample]]]:
+    """What makes the images, and what turns its answer and the forwards into tokens and figures."""
+    seed = config.seed + repeat
+    if decoder in GENERATE:
+        if not config.guidance > 1:
+            raise Unavailable("transformers' Janus needs a guidance scale above 1")
+        return (
+            lambda: _generate(config, captions, seed, GENERATE[decoder]),
+            lambda tokens, num_forwards: (tokens, _plain_figures(num_forwards, len(captions))),
+        )
+    cell = (decoder, config.dtype, config.guidance)
+    num_before = config.chosen[cell]
+    config.chosen[cell] += width is None
+    return (
+        lambda: _ours(config, decoder, width, captions, seed),
+        lambda out, _: (out.tokens, _our_figures(out) | {"num_calls_before": num_before}),
+    )
+
+
 def _ours(
+    config: Config, decoder: str, width: int | None, captions: Sequence[str], seed: int
+) -> ImageOutput:
+    try:
+        return _image(config, decoder, width, captions, seed)
+    except ValueError as error:
+        if decoder in ("sequential", "exact"):
+            raise
+        raise Unavailable(str(error)) from error
+
+
+def _image(
     config: Config, decoder: str, width: int | None, captions: Sequence[str], seed: int
 ) -> ImageOutput:
     return config.pipe(
@@ -287,6 +364,7 @@ def _our_figures(out: ImageOutput) -> Sample:
     return {
         "guarantee": str(out.stats.guarantee),
         "num_steps": out.stats.num_target_forwards,
+        "num_drafted": out.stats.num_drafted,
         # Rows of an image batch end at different steps, so tau counts each row's own.
         "num_row_steps": sum(row.num_target_forwards for row in out.row_stats),
         **{name: getattr(out.stats, name) for name in phases},
@@ -327,7 +405,7 @@ def _compare(samples: Mapping[str, Sample], *, is_greedy: bool) -> None:
     """Replaces the tokens of each sample by how far they agree with the yardsticks."""
     outputs = {name: sample.pop("tokens") for name, sample in samples.items()}
     for name, sample in samples.items():
-        if name.startswith(("exact", "sequential")) and "sequential" in outputs:
+        if sample["guarantee"] == "exact" and "sequential" in outputs:
             same = (outputs[name] == outputs["sequential"]).all(1)
             sample["num_rows_equal_sequential"] = int(same.sum())
         if is_greedy and "generate" in outputs:
@@ -336,7 +414,7 @@ def _compare(samples: Mapping[str, Sample], *, is_greedy: bool) -> None:
 
 
 def _card(config: Config) -> list[Sample]:
-    lines = image_card(config.pipe, config.batch, config.guidance)
+    lines = image_card(config.pipe, config.model, config.batch, config.guidance)
     facts = {
         "type": "card",
         "model": config.model,
@@ -345,105 +423,6 @@ def _card(config: Config) -> list[Sample]:
         "guidance": config.guidance,
     }
     return [facts | line for line in lines]
-
-
-# --------------------------------------------------------------------------- rows
-
-
-def summarise(samples: Sequence[Sample]) -> list[Sample]:
-    """One row per configuration and system."""
-    rows = []
-    for key, systems in sorted(grouped(samples).items()):
-        own = [name for name in GENERATE if name in systems]
-        best = min(own, key=lambda name: _seconds(systems[name])) if own else None
-        for name, found in systems.items():
-            rows.append(
-                {"type": "row", **dict(zip(FIELDS, key, strict=True)), "system": name}
-                | _figures(found)
-                | {
-                    "yardstick": best,
-                    "speedup_median": _median_speedup(found, systems.get(best or "", [])),
-                    "speedup_over_sequential_median": _median_speedup(
-                        found, systems.get("sequential", [])
-                    ),
-                }
-            )
-    return rows
-
-
-def _figures(samples: Sequence[Sample]) -> Sample:
-    phases = ("prefill_time_s", "draft_time_s", "verify_time_s", "other_time_s")
-    num_images = sum(s["num_images"] for s in samples)
-
-    def share(name: str) -> float | None:
-        if not all(name in s for s in samples):
-            return None
-        return sum(s[name] for s in samples) / num_images
-
-    return {
-        "guarantee": samples[0]["guarantee"],
-        "window": samples[0]["window"],
-        "num_samples": len(samples),
-        "num_images": num_images,
-        "num_forwards_per_call": sum(s["num_forwards"] for s in samples) / len(samples),
-        "tau": sum(s["num_units"] for s in samples) / sum(s["num_row_steps"] for s in samples),
-        "time_s_per_call": _seconds(samples),
-        "images_per_minute": 60 * num_images / sum(s["time_s"] for s in samples),
-        "equal_sequential": share("num_rows_equal_sequential"),
-        "equal_generate": share("num_rows_equal_generate"),
-        "phases_s": {n: sum(s[n] for s in samples) for n in phases if all(n in s for s in samples)},
-    }
-
-
-def _seconds(samples: Sequence[Sample]) -> float:
-    return median(s["time_s"] for s in samples) or 0.0
-
-
-def _median_speedup(samples: Sequence[Sample], base: Sequence[Sample]) -> float | None:
-    """Median over calls of the ratio of seconds, same captions and repetition."""
-    seconds = {(s["input"], s["repeat"]): s["time_s"] for s in base}
-    return median(
-        seconds[s["input"], s["repeat"]] / s["time_s"]
-        for s in samples
-        if (s["input"], s["repeat"]) in seconds
-    )
-
-
-def _failures(rows: Sequence[Sample]) -> list[str]:
-    """Exactness is a promise where rounding does not decide: float32 and float64."""
-    return [
-        f"{row['dtype']} guidance {row['guidance']:g} batch {row['batch']}: {row['system']} equals "
-        f"sequential in {percent(row['equal_sequential'])} of the images only"
-        for row in rows
-        if row["dtype"] in ("float32", "float64")
-        and row["equal_sequential"] is not None
-        and row["equal_sequential"] < 1
-    ]
-
-
-def _sections(rows: Sequence[Sample], judged: Sequence[Sample]) -> list[tuple[str, str]]:
-    groups: dict[str, list[Sample]] = defaultdict(list)
-    for row in rows:
-        groups[title_of(row)].append(row)
-    sections = [(title, _speed_table(found)) for title, found in groups.items()]
-    return [*sections, *quality_sections(judged)]
-
-
-def _speed_table(rows: Sequence[Sample]) -> str:
-    headers = ["system", "guarantee", "forwards", "tau", "s/call", "images/min"]
-    headers += ["× transformers (median)", "× sequential (median)", "= sequential", "= generate"]
-    names = [
-        *("system", "guarantee", "num_forwards_per_call", "tau", "time_s_per_call"),
-        *("images_per_minute", "speedup_median", "speedup_over_sequential_median"),
-    ]
-    return table(
-        headers,
-        [
-            [row[name] for name in names]
-            + [percent(row["equal_sequential"]), percent(row["equal_generate"])]
-            for row in rows
-        ],
-    )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ T = TypeVar("T")
 #: What the last line of a benchmark holds, with the types of the values.
 FINAL_LINE = {
     "benchmark": str,
+    "label": str,
     "command": str,
     "commands": list,
     "git_sha": str,
@@ -54,6 +55,7 @@ _NOT_MEASURED = (
     "__main__.py",
     "cli.py",
     "demo.py",
+    "image_report.py",
     "jobs.py",
     "report.py",
     "support.py",
@@ -379,10 +381,29 @@ class Store:
             self.commands.append(command)
 
 
-def open_store(path: Path, facts: dict[str, Any]) -> Store:
-    """The store of a run; from now on ``facts["commands"]`` are the commands of its samples."""
+def stem(benchmark: str, label: str) -> str:
+    """What the files of a run begin with: ``text``, or ``text_batch8`` with a label.
+
+    Raises:
+        ValueError: If the label is not made of letters, digits, ``-``, ``.`` and ``_``.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9._-]*", label):
+        raise ValueError(f"a label has letters, digits, '-', '.' and '_' only, got {label!r}")
+    return f"{benchmark}_{label}" if label else benchmark
+
+
+def open_store(out: Path, benchmark: str, label: str, facts: dict[str, Any]) -> Store:
+    """The store of a run; from now on ``facts["commands"]`` are the commands of its samples.
+
+    Args:
+        out: Its folder.
+        benchmark: Which benchmark.
+        label: As in `stem`; also noted in the facts.
+        facts: Of `provenance`.
+    """
+    path = out / f"{stem(benchmark, label)}.jsonl"
     store = Store(path, facts["fingerprint"], facts["command"])
-    facts["commands"] = store.commands
+    facts["commands"], facts["label"] = store.commands, label
     return store
 
 
@@ -398,6 +419,7 @@ def final_line(
     """The object of a benchmark's last line; see `FINAL_LINE`."""
     return {
         "benchmark": benchmark,
+        "label": "",
         "commands": [],
         **{name: value for name, value in facts.items() if name != "code"},
         "rows": [rounded(row) for row in rows],
@@ -438,6 +460,15 @@ def median(values: Iterable[float]) -> float | None:
     """The median, None of nothing."""
     found = list(values)
     return statistics.median(found) if found else None
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float]:
+    """What a quarter of the values lies below, and a quarter above; one value is both."""
+    found = list(values)
+    if len(found) < 2:
+        return found[0], found[0]
+    low, _, high = statistics.quantiles(found, n=4, method="inclusive")
+    return low, high
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:

@@ -1,12 +1,12 @@
 """Whether the pictures of every decoder show what their captions state.
 
-The captions are `heldout_fresh.jsonl`, which no decision about the model has looked at. What is
-read off a picture is exact lookup (`mmspec.assets.avatars.scoring`), for the bundled avatars only.
+The captions are `heldout_fresh.jsonl`, which no decision about the model has looked at. A bundled
+model whose pictures can be judged brings a module ``scoring`` that does it; for the avatars it is
+exact lookup (`mmspec.assets.avatars.scoring`).
 """
 
-import importlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from mmspec.bench.report import Section, percent, table
 #: What tells the configurations of image samples apart.
 FIELDS = ("model", "dtype", "temperature", "guidance", "batch")
 Attributes = Mapping[str, str]
+Judge = Callable[[Any, Sequence[Attributes]], Mapping[str, float]]
 
 
 def grouped(samples: Sequence[Sample]) -> dict[tuple[Any, ...], dict[str, list[Sample]]]:
@@ -34,15 +35,18 @@ def title_of(row: Sample) -> str:
     return f"{row['model']}, {row['dtype']}, temperature {row['temperature']:g}, {where}"
 
 
-def score(model: Any, samples: Iterable[Sample], attributes: Sequence[Attributes]) -> None:
+def score(
+    judge: Judge, model: Any, samples: Iterable[Sample], attributes: Sequence[Attributes]
+) -> None:
     """Adds to samples how many stated attributes their pictures show.
 
     Args:
-        model: Turns the samples' ``tokens`` into pictures; an avatar model.
+        judge: Given pictures in [0, 1] and what they should show, the share that they do, by
+            attribute and for ``all`` of a picture's.
+        model: Turns the samples' ``tokens`` into pictures.
         samples: Of the same captions.
         attributes: What each caption states.
     """
-    judge = importlib.import_module("mmspec.assets.avatars.scoring").attribute_accuracy
     counts = Counter(name for stated in attributes for name in stated)
     for sample in samples:
         with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from mmspec.bench.measure import check_final_line, slug
+from mmspec.bench.measure import check_final_line, slug, stem
 
 Section = tuple[str, str]
 
@@ -94,7 +94,7 @@ def card_table(card: Sequence[Mapping[str, Any]]) -> str:
 def markdown(line: Mapping[str, Any], sections: Sequence[Section]) -> str:
     """The report of a final line and its tables."""
     head = [
-        f"# mmspec bench {line['benchmark']}",
+        f"# mmspec bench {line['benchmark']}" + (f": {line['label']}" if line["label"] else ""),
         "",
         f"- command: `{line['command']}`",
         f"- date: {line['date']} (UTC), {line['time_s'] / 60:.1f} minutes in the last run",
@@ -120,7 +120,7 @@ def publish(
     Args:
         line: Of `mmspec.bench.measure.final_line`.
         sections: Titles and markdown.
-        out: Folder for ``<what>_<hardware>_<date>.md``.
+        out: Folder for ``<what>[_<label>]_<hardware>_<date>.md``.
         output: Where to print for people.
 
     Returns:
@@ -131,7 +131,8 @@ def publish(
     """
     check_final_line(line)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{line['benchmark']}_{slug(line['device'])}_{line['date']}.md"
+    name = stem(line["benchmark"], line["label"])
+    path = out / f"{name}_{slug(line['device'])}_{line['date']}.md"
     path.write_text(markdown(line, sections), encoding="utf-8")
     for entry in line["left_out"]:
         output.say(f"left out: {entry}")

@@ -1,7 +1,8 @@
 """Models to measure, and the same job given to transformers and to us.
 
 Tiny random models stand for the case where the model costs nothing and the loop is everything;
-they need no download, so every benchmark also runs on them.
+they need no download, so every benchmark also runs on them. Random models of middle size have
+forwards of about 30 ms. Image models are in `mmspec.bench.image_setups`.
 """
 
 import json
@@ -15,21 +16,16 @@ import torch
 from torch import nn
 
 from mmspec.adapters.causal_lm import CausalTarget
-from mmspec.adapters.token_image import TokenImageTarget, image_family
 from mmspec.assets import bundled_path
 from mmspec.bench.measure import Sample, timed
-from mmspec.drafters import build_drafter
 from mmspec.engine import Engine
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
-from mmspec.pipelines.image import SpeculativeImagePipeline
 from mmspec.records import Generation
 from mmspec.rows import TokenRows
 from mmspec.sampling import build_law
-from mmspec.schedule import FixedSchedule
 from mmspec.speculation import Settings, build_engine
 from mmspec.tree import pack_chain
-from mmspec.verify import build_rule
 
 DTYPES = {
     "float32": torch.float32,
@@ -37,12 +33,30 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-TEXT_MODELS = ("smollm2", "tiny")
-IMAGE_MODELS = ("avatars", "tiny-image")
+TEXT_MODELS = ("smollm2", "tiny", "mid")
 CARD_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 
-_TINY_VOCAB = 256
-_TINY_CODES = 40
+#: Layers whose weights take about 30 ms to read on two cores: a small model, yet a real one.
+MID_SIZES = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "initializer_range": 0.05,
+}
+_RANDOM: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+    },
+    "mid": {"vocab_size": 32000, "tie_word_embeddings": True, **MID_SIZES},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +90,7 @@ def load_text(name: str, dtype: str, device: str = "cpu", *, ends: bool = True) 
     """Loads a text model by name.
 
     Args:
-        name: "smollm2" or "tiny".
+        name: One of `TEXT_MODELS`.
         dtype: A name of `DTYPES`.
         device: Where to.
         ends: False makes every answer as long as allowed.
@@ -89,11 +103,11 @@ def load_text(name: str, dtype: str, device: str = "cpu", *, ends: bool = True) 
             f"unknown model {name!r} or dtype {dtype!r}; known: {', '.join(TEXT_MODELS)}; "
             f"{', '.join(DTYPES)}"
         )
-    if name == "tiny":
-        model: Any = _tiny_llama().to(dtype=DTYPES[dtype])
+    if name in _RANDOM:
+        model: Any = _random_llama(name).to(dtype=DTYPES[dtype])
 
         def encode(text: str) -> list[int]:
-            return [byte % _TINY_VOCAB for byte in text.encode()][:256]
+            return list(text.encode())[:256]
     else:
         from mmspec.adapters.smollm2 import load_smollm2
 
@@ -112,19 +126,10 @@ def load_text(name: str, dtype: str, device: str = "cpu", *, ends: bool = True) 
     return TextModel(name=name, model=model, encode=encode, eos_token_ids=eos_ids)
 
 
-def _tiny_llama() -> nn.Module:
+def _random_llama(name: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=_TINY_VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-    )
+    config = LlamaConfig(**_RANDOM[name], max_position_embeddings=1024)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
@@ -213,135 +218,7 @@ def load_prompts(kinds: Sequence[str], limit: int | None = None) -> list[dict[st
     return found
 
 
-# --------------------------------------------------------------------------- images
-
-
-def load_image(name: str, dtype: str, device: str = "cpu") -> SpeculativeImagePipeline:
-    """Loads an image pipeline by name, without a progress bar.
-
-    Args:
-        name: "avatars" (bundled) or "tiny-image" (random weights).
-        dtype: A name of `DTYPES`.
-        device: Where to.
-
-    Raises:
-        ValueError: If a name is unknown.
-    """
-    if name not in IMAGE_MODELS or dtype not in DTYPES:
-        raise ValueError(
-            f"unknown model {name!r} or dtype {dtype!r}; known: {', '.join(IMAGE_MODELS)}; "
-            f"{', '.join(DTYPES)}"
-        )
-    if name == "avatars":
-        pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars", dtype=DTYPES[dtype])
-    else:
-        model = _tiny_janus().to(dtype=DTYPES[dtype])
-        pipe = SpeculativeImagePipeline.from_model(model, _TinyProcessor())
-    pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-class _TinyProcessor:
-    """Words to ids, for a model that has learned none."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [1, *(5 + len(word) for word in text.split()), 98]}
-
-
-def _tiny_janus() -> nn.Module:
-    from transformers import JanusConfig, JanusForConditionalGeneration
-
-    config = JanusConfig(
-        text_config={
-            "model_type": "llama",
-            "vocab_size": 99,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.3,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "image_size": 32,
-            "patch_size": 4,
-            "projection_dim": 32,
-            "num_image_tokens": 64,
-            "mlp_ratio": 2,
-        },
-        vq_config={
-            "embed_dim": 8,
-            "num_embeddings": _TINY_CODES,
-            "latent_channels": 8,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1],
-            "num_res_blocks": 1,
-            "projection_dim": 32,
-            "num_patches": 8,
-            "hidden_size": 32,
-            "image_token_embed_dim": 32,
-        },
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = JanusForConditionalGeneration(config)
-    model.generation_config.generation_kwargs = {"boi_token_id": 98}
-    model.generation_config.pad_token_id = 0
-    model.generation_config.bos_token_id = 1
-    return model
-
-
-def image_rows(pipe: SpeculativeImagePipeline, captions: Sequence[str], seed: int) -> TokenRows:
-    """Rows for these captions; row i draws with the generator of ``seed + 1000 * i``."""
-    layout = image_family(pipe.model).layout(None, None)
-    return TokenRows(
-        [pipe._prompt_ids(text) for text in captions],
-        max_new_tokens=[layout.num_tokens] * len(captions),
-        keys_B=row_keys(seeded(seed, len(captions)), len(captions)),
-        device=pipe.device,
-    )
-
-
-def image_engine(
-    pipe: SpeculativeImagePipeline,
-    captions: Sequence[str],
-    *,
-    width: int,
-    guidance: float,
-    temperature: float,
-    seed: int,
-) -> Engine:
-    """The exact decoder as the pipeline wires it; width 1 is plain decoding."""
-    family = image_family(pipe.model)
-    rows = image_rows(pipe, captions, seed)
-    law = build_law(LawConfig(temperature=temperature))
-    target = TokenImageTarget(family, rows, guidance_scale=guidance)
-    drafter = build_drafter(
-        "none" if width == 1 else {"name": "jacobi", "stride": family.layout(None, None).stride},
-        target=target,
-        rows=rows,
-        law=law,
-        max_width=width,
-        shared_noise=True,
-    )
-    rule: Any = build_rule("exact", law, rows)
-    return Engine(target, drafter, rule, FixedSchedule(width, lambda: rows.max_remaining))
-
-
-def load_captions(limit: int, *, is_fresh: bool = False) -> list[dict[str, Any]]:
-    """Held-out captions of the avatars, with the attributes they state.
-
-    Args:
-        limit: How many at most.
-        is_fresh: Those that no decision about the model has looked at.
-    """
-    path = bundled_path("avatars") / ("heldout_fresh.jsonl" if is_fresh else "heldout.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:limit]
+# --------------------------------------------------------------------------- both
 
 
 def seeded(seed: int, count: int) -> list[torch.Generator]:
@@ -406,17 +283,6 @@ def text_card(loaded: TextModel, batch: int) -> list[Sample]:
     with torch.no_grad():
         target.prefill()
     return static_card(target)
-
-
-def image_card(pipe: SpeculativeImagePipeline, batch: int, guidance: float) -> list[Sample]:
-    """The static card of an image model behind its captions."""
-    captions = [entry["caption"] for entry in load_captions(batch)]
-    rows = image_rows(pipe, captions, 0)
-    target = TokenImageTarget(image_family(pipe.model), rows, guidance_scale=guidance)
-    with torch.no_grad():
-        target.prefill()
-    widths = (*CARD_WIDTHS, 128) if rows.max_remaining >= 128 else CARD_WIDTHS
-    return static_card(target, widths)
 
 
 def step_figures(result: Generation) -> Sample:

@@ -20,8 +20,8 @@ class Task:
         systems: Name -> what runs it. The first is the yardstick.
         facts: Fields that every sample of the task gets.
         warm_up: Run once per label and process before its first task.
-        max_repeats: Never repeated more often than this; None is as often as asked.
         finish: Looks at all samples of one repetition and adds fields that compare them.
+        repeats: How often it is repeated whatever is asked for; None is as often as asked.
     """
 
     key: str
@@ -30,11 +30,11 @@ class Task:
     facts: Mapping[str, object]
     warm_up: Callable[[], None] | None = None
     finish: Callable[[Mapping[str, Sample]], None] | None = None
-    max_repeats: int | None = None
+    repeats: int | None = None
 
-    def repeats(self, wanted: int) -> int:
+    def num_repeats(self, wanted: int) -> int:
         """Repetitions of this task where ``wanted`` are asked for."""
-        return wanted if self.max_repeats is None else min(wanted, self.max_repeats)
+        return wanted if self.repeats is None else self.repeats
 
     def keys(self, repeat: int) -> list[str]:
         """Keys of the samples of one repetition."""
@@ -66,18 +66,18 @@ def run_tasks(
         What was left out, in words; empty if nothing was.
     """
     warmed: set[str] = set()
-    for repeat in range(repeats):
+    for repeat in range(max((task.num_repeats(repeats) for task in tasks), default=0)):
         for number, task in enumerate(tasks):
             if budget.is_spent:
                 return left_out(tasks, repeats, store)
-            if repeat >= task.repeats(repeats) or store.has(task.keys(repeat)):
+            if repeat >= task.num_repeats(repeats) or store.has(task.keys(repeat)):
                 continue
             if task.warm_up is not None and task.label not in warmed:
                 task.warm_up()
             warmed.add(task.label)
             store.add(_run(task, repeat))
             say(
-                f"[{budget.elapsed_s:6.0f} s] repetition {repeat + 1}/{repeats}, "
+                f"[{budget.elapsed_s:6.0f} s] repetition {repeat + 1}/{task.num_repeats(repeats)}, "
                 f"task {number + 1}/{len(tasks)}: {task.key}"
             )
     return left_out(tasks, repeats, store)
@@ -102,12 +102,14 @@ def left_out(tasks: Iterable[Task], repeats: int, store: Store) -> list[str]:
     """Which repetitions are missing, by configuration, and which systems could not run."""
     never: Counter[str] = Counter()
     partly: dict[str, list[int]] = defaultdict(list)
+    most: Counter[str] = Counter()
     total: Counter[str] = Counter()
     reasons: dict[tuple[str, str], str] = {}
     for task in tasks:
-        wanted = task.repeats(repeats)
+        wanted = task.num_repeats(repeats)
         done = [repeat for repeat in range(wanted) if store.has(task.keys(repeat))]
         total[task.label] += 1
+        most[task.label] = max(most[task.label], wanted)
         if not done:
             never[task.label] += 1
         elif len(done) < wanted:
@@ -122,7 +124,7 @@ def left_out(tasks: Iterable[Task], repeats: int, store: Store) -> list[str]:
             words.append(f"{label}: {never[label]} of {count} inputs not measured")
         if partly[label]:
             words.append(
-                f"{label}: {len(partly[label])} of {count} inputs have fewer than {repeats} "
+                f"{label}: {len(partly[label])} of {count} inputs have fewer than {most[label]} "
                 f"repetitions (at least {min(partly[label])})"
             )
     words += [f"{label}: {name} not measured: {why}" for (label, name), why in reasons.items()]
@@ -133,7 +135,7 @@ def samples_of(tasks: Iterable[Task], repeats: int, store: Store) -> list[Sample
     """The samples that belong to these tasks, those of systems that could not run left out."""
     keys: list[str] = []
     for task in tasks:
-        for repeat in range(task.repeats(repeats)):
+        for repeat in range(task.num_repeats(repeats)):
             keys += task.keys(repeat)
     found = [store.samples[key] for key in keys if key in store]
     return [sample for sample in found if "unavailable" not in sample]

@@ -28,6 +28,7 @@ from mmspec.bench.measure import (
     open_store,
     provenance,
     ratio,
+    stem,
     timed,
 )
 from mmspec.bench.report import Output, card_table, percent, publish, table
@@ -75,19 +76,23 @@ class Config:
 
 
 def run(
-    model: Annotated[str, typer.Option(help="smollm2 or tiny")] = "smollm2",
+    model: Annotated[str, typer.Option(help="smollm2, or tiny, mid: random")] = "smollm2",
     kinds: Annotated[str, typer.Option(help="Kinds of prompts.")] = ",".join(KINDS),
     systems: Annotated[str, typer.Option(help="What to compare.")] = ",".join(SYSTEMS),
     dtype: Annotated[str, typer.Option(help="Of float32, bfloat16, ...")] = "float32,bfloat16",
     temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,1",
     batch: Annotated[str, typer.Option(help="Rows per call.")] = "1,4,8",
     prompts: Annotated[int | None, typer.Option(help="Prompts of each kind; all if unset.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Cap on the prompts' own.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "--tokens", help="Cap on the prompts' own budgets."),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Repetitions of each input.")] = 3,
     minutes: Annotated[float | None, typer.Option(help="Stop then; run again to go on.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampled outputs.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of samples and report.")] = Path("mmspec-bench"),
+    label: Annotated[str, typer.Option(help="Part of the names of both files.")] = "",
     json_only: Annotated[bool, typer.Option("--json", help="Only the last line.")] = False,
 ) -> dict[str, Any]:
     """Measure text: tokens per forward and wall time beside transformers' generate.
@@ -99,6 +104,7 @@ def run(
         ValueError: If an option is out of range.
         typer.Exit: With code 1 if an exact output was not identical in float32 or float64.
     """
+    stem("text", label)
     output, budget = Output(json_only=json_only), Budget(minutes)
     chosen = csv(systems, SYSTEMS)
     models = {name: load_text(model, name, device) for name in csv(dtype, list(DTYPES))}
@@ -126,7 +132,7 @@ def run(
     entries = load_prompts(csv(kinds, KINDS), prompts)
     built = [_tasks(config, entries, chosen, model) for config in configs]
     tasks = interleaved([group for group, _ in built])
-    store = open_store(out / "text.jsonl", facts)
+    store = open_store(out, "text", label, facts)
     missing = run_tasks(tasks, repeats, store, budget, output.say)
     missing += [note for _, notes in built for note in notes]
     rows = summarise(samples_of(tasks, repeats, store))

@@ -19,6 +19,7 @@ TABLE = {
     "cross_tokenizer": ("mmspec.drafters.cross_tokenizer", "CrossTokenizerDrafter"),
     "early_exit": ("mmspec.drafters.model", "EarlyExitDrafter"),
     "jacobi": ("mmspec.drafters.jacobi", "JacobiDrafter"),
+    "denoise": ("mmspec.drafters.denoise", "DenoiseDrafter"),
 }
 
 #: How much of an image a smaller model is shown.
@@ -88,7 +89,7 @@ def build_drafter(
         pass
     elif name == "ngram":
         options = {"placeholders": placeholders} | options
-    elif name == "jacobi":
+    elif name in ("jacobi", "denoise"):
         options = {
             "max_width": max_width,
             "is_greedy": law.is_greedy,

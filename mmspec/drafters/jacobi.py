@@ -2,26 +2,33 @@
 
 What the rule chose behind the accepted path becomes the next guess (and the law it was chosen by
 its draft law). New positions at the end of the window have no guess yet; they are drawn from the
-law of a neighbour, above in a grid or the last known one, never from a one-hot guess, because a
-one-hot guess is accepted with the probability of one token only. Where the target's law goes by
-position (line ends, the end of an image), the neighbour's law is cut to what may stand there, so
-that a forced token is always guessed and never costs a rejection.
+law of a neighbour, above in a grid or the last known one (or of both, see `INITS`), never from a
+one-hot guess, because a one-hot guess is accepted with the probability of one token only. Where the
+target's law goes by position (line ends, the end of an image), the neighbour's law is cut to what
+may stand there, so that a forced token is always guessed and never costs a rejection.
 
 Sources: speculative Jacobi decoding (arXiv 2410.01699); shared noise per position goes back to
 predictive sampling (Wiggers and Hoogeboom 2020).
 """
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
+from mmspec.checks import require_known
 from mmspec.drafters.plain import root_only
 from mmspec.noise import Salt, gumbel
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 from mmspec.sampling import Allowed, sample
 from mmspec.tree import pack_chain
+
+#: Law of a new position, from the law above it and the last known one ("left"): either of them,
+#: their arithmetic mean, their normalised geometric mean, or above + left - (above the left one),
+#: which is what lossless image coders predict values by.
+INITS = ("above", "left", "mean", "product", "corner")
 
 
 class JacobiDrafter:
@@ -35,7 +42,8 @@ class JacobiDrafter:
         vocab_size: int,
         *,
         max_width: int,
-        stride: int | None = None,
+        stride: int | Tensor | None = None,
+        init: str = "above",
         is_greedy: bool = False,
         shared_noise: bool = True,
         keep_laws: bool = False,
@@ -47,8 +55,11 @@ class JacobiDrafter:
             rows: The rows.
             vocab_size: V.
             max_width: Largest window, root included.
-            stride: Positions in a grid row: a new position looks at the law ``stride`` back. None
-                looks at the last known law.
+            stride: Positions in a grid row: a new position looks at the law ``stride`` back. Or
+                one for each new token of a row, ``[T]``, 0 where none is above. None looks at the
+                last known law.
+            init: How a new position guesses its law from its neighbours', one of `INITS`; without
+                a stride all are "left".
             is_greedy: The rule takes the argmax, so guesses do too.
             shared_noise: Draw new positions with the noise of the target's own choice (for the
                 exact rule); otherwise with fresh noise (for rules that keep only the law).
@@ -56,22 +67,28 @@ class JacobiDrafter:
             allowed: The stage of the target's law that says which tokens may stand where.
 
         Raises:
-            ValueError: If the stride is below 1.
+            ValueError: If the stride is below 1 or the way to begin unknown.
         """
-        if stride is not None and stride < 1:
+        require_known("init", init, INITS)
+        if isinstance(stride, int) and stride < 1:
             raise ValueError(f"stride must be >= 1, got {stride}")
+        if isinstance(stride, Tensor):
+            stride = stride.to(rows.lengths_B.device)
+        longest = int(stride.max()) if isinstance(stride, Tensor) else stride or 0
         self._rows = rows
         self._vocab_size = vocab_size
         self._stride = stride
+        self._init = init
         self._max_width = max_width
         self._is_greedy = is_greedy
         self._shared_noise = shared_noise
         self._keep_laws = keep_laws and not is_greedy
         self._allowed = allowed
         # A ring by position: far enough back for the row above, far enough ahead for the window.
-        self._ring = 2 * max_width + (stride or 0) + 1
+        self._ring = 2 * max_width + longest + 1
         self._laws_BRV: Tensor | None = None
         self._guesses_BR: Tensor | None = None
+        self._settled_BR: Tensor | None = None
         self._known_B = rows.lengths_B.clone()  # laws are known for positions below this
         self._row_B1 = torch.arange(rows.num_rows, device=rows.lengths_B.device)[:, None]
 
@@ -94,7 +111,13 @@ class JacobiDrafter:
             drafts = torch.nn.functional.pad(laws.softmax(-1), (0, 0, 0, 1))
         num_drafts = [0 if done else width - 1 for done in rows.host_done]
         tokens = torch.cat([rows.roots_B()[:, None], guesses], dim=1)
-        return pack_chain(tokens, num_drafts, self._vocab_size, drafts)
+        proposal = pack_chain(tokens, num_drafts, self._vocab_size, drafts)
+        if self._settled_BR is None:
+            return proposal
+        settled = self._settled_BR[self._row_B1, position % self._ring]
+        settled &= position < self._known_B[:, None]
+        settled = torch.nn.functional.pad(settled, (1, 0))
+        return dataclasses.replace(proposal, settled_BN=settled)
 
     def commit(
         self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
@@ -110,21 +133,41 @@ class JacobiDrafter:
         # Whole laws by index: a scatter would go number by number.
         self._laws_BRV[self._row_B1, slot] = laws
         self._guesses_BR[self._row_B1, slot] = verdict.choices_BN  # type: ignore[index]
+        if verdict.settled_BN is not None:
+            if self._settled_BR is None:
+                self._settled_BR = verdict.settled_BN.new_zeros(laws.shape[0], self._ring)
+            self._settled_BR[self._row_B1, slot] = verdict.settled_BN
         # Guesses behind a narrow step stay: they are older, but better than a neighbour's.
         self._known_B = torch.maximum(self._known_B, scores.positions_BN.amax(1) + 2)
 
     def _guesses_at(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Guess and law for each position: stored where known, a neighbour's where new."""
         is_known = position < self._known_B[:, None]
-        source = torch.where(is_known, position, self._neighbour(position))
-        slot = source % self._ring
-        laws = self._laws_BRV[self._row_B1, slot]  # type: ignore[index]
-        stored = self._guesses_BR[self._row_B1, slot]  # type: ignore[index]
+        stored = self._guesses_BR[self._row_B1, position % self._ring]  # type: ignore[index]
+        laws = self._laws_at(torch.where(is_known, position, self._neighbour(position)))
+        if self._init != "above" and self._stride is not None:
+            laws = torch.where(is_known[..., None], laws, self._mixed(laws))
         if self._allowed is not None:
             # Stored laws are cut already, and stay as they are.
             laws = self._allowed.restricted(laws, position, self._rows.prompt_lengths_B)
         drawn = sample(laws, None if self._is_greedy else self._noise(position))
         return torch.where(is_known, stored, drawn), laws
+
+    def _laws_at(self, position: Tensor) -> Tensor:
+        return self._laws_BRV[self._row_B1, position % self._ring]  # type: ignore[index]
+
+    def _mixed(self, above: Tensor) -> Tensor:
+        """Laws of new positions from those above them and the last known one."""
+        left = self._laws_at(self._known_B[:, None] - 1)
+        if self._init == "left":
+            return left.expand_as(above)
+        above, left = above.log_softmax(-1), left.log_softmax(-1)
+        if self._init == "product":
+            return (above + left) / 2
+        if self._init == "corner":
+            corner = self._laws_at(self._neighbour(self._known_B[:, None] - 1)).softmax(-1)
+            return (above.exp() + left.exp() - corner).clamp(min=1e-4).log()
+        return torch.logaddexp(above, left)
 
     def _noise(self, position: Tensor) -> Tensor:
         if self._shared_noise:
@@ -136,9 +179,13 @@ class JacobiDrafter:
         last = self._known_B[:, None] - 1
         if self._stride is None:
             return last.expand_as(position)
-        above = position - self._stride
         first = self._rows.prompt_lengths_B[:, None]
-        return torch.where(above >= first, torch.minimum(above, last), last)
+        back = self._stride
+        if isinstance(back, Tensor):
+            back = back[(position - first).clamp(0, len(back) - 1)]
+        above = position - back
+        is_there = (above >= first) & (above < position)
+        return torch.where(is_there, torch.minimum(above, last), last)
 
 
 def default_window(num_tokens: int, num_rows: int = 1) -> int:

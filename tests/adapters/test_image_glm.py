@@ -14,7 +14,7 @@ from mmspec.adapters.token_image import ImageLayout, image_family
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
 from mmspec.pipelines import SpeculativeImagePipeline
-from mmspec.pipelines.image import image_engine
+from mmspec.pipelines.image_decoders import image_engine
 from mmspec.sampling import build_law
 
 LARGE, SMALL = (4, 3), (3, 2)

@@ -14,11 +14,14 @@ from mmspec.bench.measure import (
     csv,
     final_line,
     in_turn,
+    open_store,
     provenance,
+    quartiles,
     rounded,
     slug,
+    stem,
 )
-from mmspec.bench.report import table
+from mmspec.bench.report import Output, publish, table
 from mmspec.bench.setups import generate_text, load_text, static_card, text_engine
 from mmspec.bench.tasks import Task, Unavailable, left_out, run_tasks, samples_of
 from mmspec.drafters.model import first_layers
@@ -143,7 +146,7 @@ def make_tasks(calls):
             label="all",
             systems={name: system(name, task) for name in ("one", "two", "never")},
             facts={"input": task},
-            max_repeats=1 if task == "z" else None,
+            repeats=1 if task == "z" else None,
         )
         for task in ("x", "y", "z")
     ]
@@ -206,9 +209,25 @@ def test_small_helpers():
     assert rounded({"a": [123456.789, 1, "x"]}) == {"a": [123460.0, 1, "x"]}
     assert in_turn(["a", "b"], 0) == ["a", "b"]
     assert in_turn(["a", "b"], 1) == ["b", "a"]
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
+    assert quartiles([7.0]) == (7.0, 7.0)
     assert not Budget(None).is_spent
     assert Budget(0).is_spent
     assert table(["x"], [[None]]).splitlines()[-1] == "|   – |"
+
+
+def test_a_label_is_part_of_the_names_of_both_files(tmp_path):
+    facts = provenance(torch.device("cpu"))
+    store = open_store(tmp_path, "text", "batch8", facts)
+    store.add([{"key": "a"}])
+    line = final_line("text", facts, [], left_out=[], failures=[], time_s=1.0)
+    publish(line, [], tmp_path, Output(json_only=True))
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    assert names[0] == "text_batch8.jsonl"
+    assert names[1].startswith("text_batch8_")
+    assert stem("text", "") == "text"
+    with pytest.raises(ValueError, match="a label has letters"):
+        stem("text", "../x")
 
 
 def test_an_unknown_entry_of_a_list_is_named():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmspec.assets import bundled_names
+from mmspec.bench.image_setups import judge_of, load_captions
 from mmspec.bench.quality import quality_sections, score, summarise_quality
-from mmspec.bench.setups import load_captions
 
 FACTS = {"model": "avatars", "dtype": "float32", "temperature": 1.0, "guidance": 3.0, "batch": 2}
 
@@ -36,7 +36,7 @@ def test_attributes_are_counted_over_calls_of_any_size():
     for part in (stated[:2], stated[2:]):
         sample = {**FACTS, "system": "exact", "guarantee": "exact", "num_images": len(part)}
         sample["tokens"] = torch.zeros(len(part), 256, dtype=torch.long)
-        score(model, [sample], part)
+        score(judge_of("avatars"), model, [sample], part)
         samples.append(sample)
     [row] = summarise_quality(samples)
     assert row["by_attribute"] == {"glasses": 1.0, "hat": 0.5}
@@ -49,6 +49,11 @@ def test_attributes_are_counted_over_calls_of_any_size():
     assert "glasses" in attributes
     assert "50.0 %" in attributes
     assert quality_sections([]) == []
+
+
+def test_a_model_without_scoring_has_no_judge():
+    assert judge_of("tiny-image") is None
+    assert judge_of("bundled:avatars") is judge_of("avatars") is not None
 
 
 def test_pictures_that_nothing_was_read_off_have_no_figures():

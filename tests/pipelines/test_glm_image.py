@@ -106,6 +106,18 @@ def test_image_of_a_batch_is_its_single_call(fast):
     assert torch.equal(codes[2], alone[0])
 
 
+def test_lossy_rows_begin_behind_the_small_grid(fast):
+    def codes(decoder, **options):
+        return fast.generate_prior_tokens(
+            PROMPTS, **SIZE, generator=seeds(4, 5), decoder=decoder, window=16, **options
+        )
+
+    assert torch.equal(codes("lossy-rows", lenience=0.0), codes("exact"))
+    assert codes("lossy-rows", lenience=1.0).shape == codes("exact").shape
+    with pytest.raises(ValueError, match="lenience is for lossy-grouped and lossy-rows only"):
+        codes("exact", lenience=1.0)
+
+
 def test_generators_give_the_painting_the_noise_of_the_plain_pipeline(fast):
     (one,) = seeds(3)
     fast.generate_prior_tokens(PROMPTS, **SIZE, generator=one)
@@ -205,6 +217,7 @@ def test_generation_config_without_a_law_is_refused():
     ("options", "message"),
     [
         ({"decoder": "magic"}, "unknown decoder 'magic'"),
+        ({"decoder": "jacobi-denoise"}, "unknown decoder 'jacobi-denoise'"),
         ({"window": 0}, "window must be None or between 1 and 128, got 0"),
         ({"temperature": -1.0}, "temperature must be a number >= 0"),
         ({"top_p": 1.5}, "top_p must be"),

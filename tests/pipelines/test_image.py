@@ -1,5 +1,7 @@
 """The image pipeline and the Janus adapter, on a tiny random Janus of transformers' own class."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from mmspec.pipelines import SpeculativeImagePipeline
+from mmspec.pipelines.image_decoders import DECODERS
 from mmspec.window_schedule import _MEMORIES
 
 BOS, PAD, BOI = 1, 0, 2
@@ -140,12 +143,21 @@ def test_images_that_are_complete_are_not_fed(pipe, model, guidance, decoder):
         assert torch.equal(batch[row], tokens(pipe, prompt, generator=seeds(row), **options)[0])
 
 
-@pytest.mark.parametrize("decoder", ["sequential", "exact", "coupled", "sjd"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_row_of_a_batch_is_its_single_run(pipe, decoder):
     batch = tokens(pipe, decoder=decoder, window=8)
     for row, prompt in enumerate(PROMPTS):
         single = tokens(pipe, prompt, decoder=decoder, window=8, generator=seeds(row))
         assert torch.equal(batch[row], single[0])
+
+
+@pytest.mark.parametrize(
+    ("lossy", "lossless"), [("lossy-grouped", "coupled"), ("lossy-rows", "exact")]
+)
+def test_lenience_zero_is_the_lossless_decoder(pipe, lossy, lossless):
+    wanted = tokens(pipe, decoder=lossless, window=16)
+    assert torch.equal(tokens(pipe, decoder=lossy, window=16, lenience=0), wanted)
+    assert not torch.equal(tokens(pipe, decoder=lossy, window=16, lenience=1), wanted)
 
 
 def test_image_of_a_prompt_is_its_single_run(pipe):
@@ -190,7 +202,7 @@ def test_output_types_and_step_maps(pipe):
 @pytest.mark.parametrize(
     ("decoder", "guarantee"),
     [("sequential", "exact"), ("exact", "exact"), ("coupled", "distribution"),
-     ("sjd", "distribution")],
+     ("sjd", "distribution"), ("lossy-grouped", "lossy"), ("lossy-rows", "lossy")],
 )  # fmt: skip
 def test_guarantee_is_named(pipe, decoder, guarantee):
     assert pipe("a", decoder=decoder, output_type="tokens").stats.guarantee == guarantee
@@ -235,6 +247,9 @@ def test_saved_and_loaded_is_the_same(pipe, tmp_path):
         ({"decoder": "magic"}, "unknown decoder 'magic'; known: sequential, exact"),
         ({"window": 0}, "window must be None or between 1 and 128, got 0"),
         ({"window": 129}, "got 129"),
+        ({"lenience": 0.5}, "lenience is for lossy-grouped and lossy-rows only, got 0.5"),
+        ({"lenience": 1.5, "decoder": "lossy-rows"}, "a number between 0 and 1, got 1.5"),
+        ({"lenience": True, "decoder": "lossy-grouped"}, "between 0 and 1, got True"),
         ({"window": "8"}, "got '8'"),
         ({"window": True}, "got True"),
         ({"top_p": "a"}, "top_p must be"),
@@ -292,3 +307,58 @@ def test_a_model_of_another_family_is_refused(tokenizer):
 
 def _must_not_run(*args, **kwargs):
     raise AssertionError("a forward ran before the arguments were checked")
+
+
+def test_a_model_with_a_pixel_decoder_takes_no_other(model, tokenizer):
+    with pytest.raises(ValueError, match="image_decoder must be None for JanusForConditional"):
+        SpeculativeImagePipeline.from_model(model, tokenizer, image_decoder=abs)
+
+
+@pytest.fixture(scope="module")
+def avatars() -> SpeculativeImagePipeline:
+    pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_preview_shows_what_is_there_and_grey_for_the_rest(avatars):
+    frames, known = [], []
+
+    def look(pipeline, step, details):
+        known.append([known[-1][row] + len(new) if known else len(new)
+                      for row, new in enumerate(details["outcome"].new_units)])  # fmt: skip
+        frames.append(details["preview"]())
+
+    out = avatars(PROMPTS[:2], generator=seeds(1, 2), window=16, callback_on_step_end=look)
+    for counts, pictures in zip(known, frames, strict=True):
+        for row, (count, picture) in enumerate(zip(counts, pictures, strict=True)):
+            # This model's decoder makes one pixel of each code, whatever is around it.
+            pixels = np.asarray(picture).reshape(-1, 3)
+            assert (pixels[:count] == np.asarray(out.images[row]).reshape(-1, 3)[:count]).all()
+            assert (pixels[count:] == 128).all()
+    assert len({counts[0] for counts in known}) > 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": " "}, "prompt 0 must be a non-empty string"),
+        ({"prompt": "a " * 60}, "context of 64"),
+        ({"height": 8}, "Janus makes images of one size"),
+        ({"negative_prompt": "blue"}, "negative_prompt is not supported by Janus"),
+    ],
+)
+def test_a_request_can_be_checked_without_a_call(pipe, model, monkeypatch, options, message):
+    monkeypatch.setattr(model.model.language_model, "forward", _must_not_run)
+    pipe.check_request(PROMPTS[0])
+    with pytest.raises(ValueError, match=message):
+        pipe.check_request(**({"prompt": PROMPTS[0]} | options))
+
+
+def test_the_bar_counts_codes_and_shows_tau_and_forwards(pipe):
+    written = io.StringIO()
+    pipe.set_progress_bar_config(file=written, leave=True, mininterval=0)
+    stats = pipe(PROMPTS, window=8, output_type="tokens").stats
+    last = written.getvalue().split("\r")[-1]
+    assert f"{stats.num_units}/{3 * 16} " in last
+    assert f"tau {stats.tau:.2f}, {stats.num_target_forwards} forwards" in last

@@ -34,6 +34,22 @@ def build(work_dir: Path) -> tuple[JanusForConditionalGeneration, dict[str, floa
     return model.eval(), {"steps": state["step"], "training_time_s": round(state["spent_s"])}
 
 
+def save_model(model: JanusForConditionalGeneration, work_dir: Path, out: Path) -> None:
+    """Writes model, processor and tokenizer, in bfloat16 but for the palette."""
+    model.to(torch.bfloat16)
+    # A few small tensors hold the palette: in full precision, colours come back to the last bit.
+    codec = model.model.vqmodel
+    for part in (codec.quantize, codec.post_quant_conv, codec.decoder.conv_out):
+        part.float()
+    with np.load(work_dir / "data.npz") as file:
+        write_palette(codec, file["palette"])  # anew, since the values had been rounded
+    model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
+    tokenizer = make_tokenizer()
+    make_processor(tokenizer).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
 def main() -> None:
     """Writes the bundle."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -41,18 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=BUNDLE)
     args = parser.parse_args()
     model, facts = build(args.work_dir)
-    tokenizer = make_tokenizer()
-    model.to(torch.bfloat16)
-    # A few small tensors hold the palette: in full precision, colours come back to the last bit.
-    codec = model.model.vqmodel
-    for part in (codec.quantize, codec.post_quant_conv, codec.decoder.conv_out):
-        part.float()
-    with np.load(args.work_dir / "data.npz") as file:
-        write_palette(codec, file["palette"])  # anew, since the values had been rounded
-    model.save_pretrained(args.out)
-    (args.out / "model.safetensors").chmod(0o644)
-    make_processor(tokenizer).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    save_model(model, args.work_dir, args.out)
     data = json.loads((args.work_dir / "data.json").read_text())
     card = {
         "name": "avatars",
@@ -62,7 +67,7 @@ def main() -> None:
         "pixel_range": [-1.0, 1.0],
         "num_image_tokens": 256,
         "num_codes": model.config.vq_config.num_embeddings,
-        "text_vocabulary": len(tokenizer),
+        "text_vocabulary": model.config.text_config.vocab_size,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "licence": "CC0-1.0",
         "training": facts,

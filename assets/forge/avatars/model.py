@@ -4,6 +4,7 @@ All classes are transformers' own; only the sizes and the initial scale of a few
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -24,6 +25,7 @@ from .attributes import caption_words
 
 GRID = 16
 NUM_IMAGE_TOKENS = GRID * GRID
+WIDTH = 256
 SPECIAL_TOKENS = {
     "pad_token": "<pad>",
     "bos_token": "<bos>",
@@ -36,9 +38,13 @@ SPECIAL_TOKENS = {
 PAD_ID, BOS_ID, EOS_ID, UNK_ID, BOI_ID, EOI_ID, IMAGE_ID = range(len(SPECIAL_TOKENS))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes the word-level tokenizer: lower case, words and marks, BOS in front."""
-    tokens = [*SPECIAL_TOKENS.values(), *caption_words()]
+def make_tokenizer(words: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
+    """Makes the word-level tokenizer: lower case, words and marks, BOS in front.
+
+    Args:
+        words: What captions are made of, punctuation marks included; those of avatars by default.
+    """
+    tokens = [*SPECIAL_TOKENS.values(), *(caption_words() if words is None else words)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -59,11 +65,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor(tokenizer: PreTrainedTokenizerFast) -> JanusProcessor:
-    """Wraps the tokenizer and a 16x16 image processor in transformers' Janus processor."""
+def make_processor(tokenizer: PreTrainedTokenizerFast, size: int = GRID) -> JanusProcessor:
+    """Wraps the tokenizer and an image processor of `size` pixels in transformers' processor."""
     images = JanusImageProcessor(
-        size={"height": GRID, "width": GRID},
-        min_size=GRID,
+        size={"height": size, "width": size},
+        min_size=size,
         do_resize=False,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
@@ -71,15 +77,37 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> JanusProcessor:
     return JanusProcessor(images, tokenizer, num_image_tokens=NUM_IMAGE_TOKENS)
 
 
-def make_config(vocab_size: int, num_codes: int) -> JanusConfig:
-    """Returns the configuration: 6 Llama layers of width 256, a 1:1 VQ decoder."""
-    width = 256
+def make_codec_config(num_codes: int) -> JanusVQVAEConfig:
+    """Returns the configuration of the avatars' codec: one code per pixel."""
+    return JanusVQVAEConfig(
+        embed_dim=32,
+        num_embeddings=num_codes,
+        latent_channels=32,
+        base_channels=64,
+        channel_multiplier=[1],
+        num_res_blocks=1,
+        projection_dim=WIDTH,
+        image_token_embed_dim=WIDTH,
+    )
+
+
+def make_config(
+    vocab_size: int, codec: JanusVQVAEConfig, size: int = GRID, num_layers: int = 6
+) -> JanusConfig:
+    """Returns the configuration around a codec: Llama layers of width 256.
+
+    Args:
+        vocab_size: Words and special tokens.
+        codec: Turns `size` pixels into 16x16 codes; its `projection_dim` is `WIDTH`.
+        size: Pixels on a side.
+        num_layers: Llama layers.
+    """
     return JanusConfig(
         text_config=LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=width,
+            hidden_size=WIDTH,
             intermediate_size=640,
-            num_hidden_layers=6,
+            num_hidden_layers=num_layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=512,
@@ -93,22 +121,13 @@ def make_config(vocab_size: int, num_codes: int) -> JanusConfig:
             hidden_size=32,
             num_hidden_layers=1,
             num_attention_heads=2,
-            image_size=GRID,
-            patch_size=1,
-            projection_dim=width,
+            image_size=size,
+            patch_size=size // GRID,
+            projection_dim=WIDTH,
             num_image_tokens=NUM_IMAGE_TOKENS,
             mlp_ratio=2.0,
         ),
-        vq_config=JanusVQVAEConfig(
-            embed_dim=32,
-            num_embeddings=num_codes,
-            latent_channels=32,
-            base_channels=64,
-            channel_multiplier=[1],
-            num_res_blocks=1,
-            projection_dim=width,
-            image_token_embed_dim=width,
-        ),
+        vq_config=codec,
         image_token_id=IMAGE_ID,
         tie_word_embeddings=True,
     )
@@ -132,8 +151,13 @@ def make_generation_config() -> GenerationConfig:
 
 
 def make_model(vocab_size: int, num_codes: int) -> JanusForConditionalGeneration:
+    """Makes an avatar model with fresh weights (seed torch before)."""
+    return model_of(make_config(vocab_size, make_codec_config(num_codes)))
+
+
+def model_of(config: JanusConfig) -> JanusForConditionalGeneration:
     """Makes a model with fresh weights (seed torch before)."""
-    model = JanusForConditionalGeneration(make_config(vocab_size, num_codes))
+    model = JanusForConditionalGeneration(config)
     # transformers' 0.02 everywhere shrinks an image code through three layers to 1e-4, below the
     # epsilon of the first RMSNorm; and residual branches are scaled down with depth as in GPT-2.
     core = model.model
@@ -141,7 +165,7 @@ def make_model(vocab_size: int, num_codes: int) -> JanusForConditionalGeneration
     for linear in (core.generation_aligner.fc1, *core.generation_aligner.hidden_layers):
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     nn.init.normal_(core.language_model.embed_tokens.weight, std=0.5)
-    nn.init.normal_(core.generation_head.proj_out.weight, std=256**-0.5)
+    nn.init.normal_(core.generation_head.proj_out.weight, std=WIDTH**-0.5)
     layers = core.language_model.layers
     for layer in layers:
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -155,7 +179,10 @@ def make_model(vocab_size: int, num_codes: int) -> JanusForConditionalGeneration
 
 
 def image_logits(
-    model: JanusForConditionalGeneration, prompt_ids_BP: Tensor, codes_BN: Tensor
+    model: JanusForConditionalGeneration,
+    prompt_ids_BP: Tensor,
+    codes_BN: Tensor,
+    corrupt: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Predicts every image code from the prompt and the codes before it.
 
@@ -163,12 +190,15 @@ def image_logits(
         model: The Janus model.
         prompt_ids_BP: Token ids of equally long prompts, BOS first and BOI last.
         codes_BN: The image's codes in raster order.
+        corrupt: What to do to the embeddings of the codes before the model reads them.
 
     Returns:
         Logits (B, N, codebook size), the same numbers `generate` would sample from.
     """
     text = model.get_input_embeddings()(prompt_ids_BP)
     image = model.prepare_embeddings_for_image_generation(codes_BN[:, :-1])
+    if corrupt is not None:
+        image = corrupt(image)
     hidden = model.model.language_model(
         inputs_embeds=torch.cat([text, image], dim=1), use_cache=False
     ).last_hidden_state

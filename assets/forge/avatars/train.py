@@ -12,7 +12,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,28 @@ LOG_EVERY_STEPS = 20
 UNCERTAINTY_WEIGHT = 24.0
 
 
+Rows = list[list[int]]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What there is to learn, and what is looked at on the way.
+
+    Attributes:
+        tokenizer: Of the captions.
+        num_codes: Size of the codebook.
+        train: Codes (N, 256) and what their captions are made from.
+        held: The same of unseen pictures.
+        encode: Writes and tokenizes one caption per sample: BOS, words, BOI.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    num_codes: int
+    train: tuple[np.ndarray, Sequence[Attributes]]
+    held: tuple[np.ndarray, Sequence[Attributes]]
+    encode: Callable[[list[Attributes], PreTrainedTokenizerFast, random.Random], Rows]
+
+
 def load_data(work_dir: Path) -> tuple[dict[str, np.ndarray], list[Attributes], list[Attributes]]:
     """Loads the codes and the attributes of the training and the test avatars."""
     with np.load(work_dir / "data.npz") as file:
@@ -49,13 +72,20 @@ def load_data(work_dir: Path) -> tuple[dict[str, np.ndarray], list[Attributes], 
 
 def encode_captions(
     samples: list[Attributes], tokenizer: PreTrainedTokenizerFast, rng: random.Random
-) -> list[list[int]]:
+) -> Rows:
     """Writes and tokenizes one caption per avatar: BOS, words, BOI."""
     captions = []
     for sample in samples:
         few = rng.sample(LATE_PHRASES, rng.choice([1, 1, 2])) if rng.random() < FEW_PHRASES else ()
         captions.append(make_caption(sample, rng, only=tuple(dict.fromkeys(few)))[0])
-    rows = tokenizer(captions)["input_ids"]
+    return encode_texts(captions, tokenizer, rng)
+
+
+def encode_texts(
+    captions: list[str], tokenizer: PreTrainedTokenizerFast, rng: random.Random
+) -> Rows:
+    """Tokenizes captions, a few of them with an unknown word, and puts BOI at the end."""
+    rows: Rows = tokenizer(captions)["input_ids"]
     for row in rows:
         if len(row) > 1 and rng.random() < UNKNOWN_WORDS:
             row[rng.randrange(1, len(row))] = UNK_ID
@@ -64,9 +94,8 @@ def encode_captions(
 
 
 def equal_length_batches(
-    codes: np.ndarray,
-    samples: list[Attributes],
-    tokenizer: PreTrainedTokenizerFast,
+    data: TrainingData,
+    part: tuple[np.ndarray, Sequence[Attributes]],
     batch_size: int,
     rng: random.Random,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -75,10 +104,11 @@ def equal_length_batches(
     A row whose caption is dropped keeps its length and gets pad tokens between BOS and BOI. That
     is the unconditional row of transformers' Janus `generate`, which attends to those pads.
     """
+    codes, samples = part
     while True:
         order = rng.sample(range(len(samples)), min(POOL_SIZE, len(samples)))
         by_length: dict[int, list[tuple[int, list[int]]]] = {}
-        rows = encode_captions([samples[index] for index in order], tokenizer, rng)
+        rows = data.encode([samples[index] for index in order], data.tokenizer, rng)
         for index, row in zip(order, rows, strict=True):
             if rng.random() < CAPTION_DROPOUT:
                 row[1:-1] = [PAD_ID] * (len(row) - 2)
@@ -195,24 +225,38 @@ class Trainer:
         self.step, self.spent_s = 0, 0.0
         self.checkpoint = args.work_dir / "checkpoint.pt"
         self.log = args.work_dir / "training_log.jsonl"
-        arrays, train_samples, test_samples = load_data(args.work_dir)
-        tokenizer = make_tokenizer()
+        data = self.load_data()
         torch.manual_seed(args.seed)
-        self.model = make_model(len(tokenizer), len(arrays["palette"]))
-        self.optimizers = make_optimizers(self.model, args.optimizer, args.lr)
+        self.model = self.make_model(len(data.tokenizer), data.num_codes)
+        self.optimizers = self.make_optimizers()
         self.base_rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         if self.checkpoint.exists():
             self.load()
         cut_log(self.log, self.step)
         rng = random.Random(args.seed + self.step)
-        self.batches = equal_length_batches(
-            arrays["train"], train_samples, tokenizer, args.batch_size, rng
-        )
-        held = equal_length_batches(
-            arrays["test"], test_samples, tokenizer, 32, random.Random(args.seed)
-        )
+        self.batches = equal_length_batches(data, data.train, args.batch_size, rng)
+        held = equal_length_batches(data, data.held, 32, random.Random(args.seed))
         self.held_batches = [next(held) for _ in range(4)]
         self.forward = torch.compile(image_logits, dynamic=True) if args.compile else image_logits
+
+    def load_data(self) -> TrainingData:
+        """The avatars of the work folder."""
+        arrays, train, held = load_data(self.args.work_dir)
+        return TrainingData(
+            tokenizer=make_tokenizer(),
+            num_codes=len(arrays["palette"]),
+            train=(arrays["train"], train),
+            held=(arrays["test"], held),
+            encode=encode_captions,
+        )
+
+    def make_model(self, vocab_size: int, num_codes: int) -> JanusForConditionalGeneration:
+        """The model before its first step."""
+        return make_model(vocab_size, num_codes)
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers, each with one group of parameters."""
+        return make_optimizers(self.model, self.args.optimizer, self.args.lr)
 
     def load(self) -> None:
         """Goes on where the last checkpoint was written."""
@@ -232,13 +276,8 @@ class Trainer:
 
     def train_step(self, factor: float) -> tuple[float, float]:
         """Does one step at this share of the learning rates; returns loss and gradient norm."""
-        prompts, codes = next(self.batches)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = self.forward(self.model, prompts, codes)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
-        loss = losses.mean()
-        weights = uncertainty_weights(logits).flatten()
-        ((losses * weights).sum() / weights.sum()).backward()
+        loss, objective = self.losses(*next(self.batches))
+        objective.backward()
         trained = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer, rate in zip(self.optimizers, self.base_rates, strict=True):
@@ -247,6 +286,14 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss.item(), norm.item()
+
+    def losses(self, prompts: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to log, in nats per code, and the one to descend."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = self.forward(self.model, prompts, codes)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none")
+        weights = uncertainty_weights(logits).flatten()
+        return losses.mean(), (losses * weights).sum() / weights.sum()
 
     def log_row(self, loss: float, norm: float, factor: float) -> None:
         """Appends one line to the training log; every tenth has the held-out loss, too."""
