@@ -152,7 +152,9 @@ def prepare(model: Any, given: Mapping[str, Any], *, num_rows: int | None = None
         custom_generate=take,
         max_new_tokens=1,
         do_sample=True,
+        num_beams=1,
         num_return_sequences=copies,
+        use_cache=False,
     )
     return prepared
 

@@ -125,5 +125,5 @@ def _sight(visual_tokens: str, model: Any, extras: PromptExtras) -> dict[str, An
     if visual_tokens == "none":
         return {"placeholders": extras.placeholders}
     if extras.seen_by is None:
-        raise ValueError("visual_tokens='all' needs prompts with images, and none are there")
+        raise ValueError("visual_tokens='all' needs the pixel_values of images, and none are given")
     return {"extras": extras.seen_by(model)}

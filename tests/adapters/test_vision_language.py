@@ -192,7 +192,6 @@ def filled_cache(model, inputs, custom_generate=None):
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm", "gemma3", "paligemma"])
 def test_a_turn_behind_a_reused_cache(name):
-    """Where transformers' own assisted generation feeds the cached prefix twice."""
     model = tiny_vlm(name)
     outputs = []
     for fast in (None, fixed("ngram")):
@@ -241,12 +240,34 @@ def test_text_behind_a_cache_is_not_placed_by_what_the_model_remembers():
     """transformers starts the second turn where the image of another request ended."""
     model = tiny_vlm("qwen2_vl")
     text = {"input_ids": torch.tensor([[7, 3, 7, 3]])}
-    cache, first = filled_cache(model, text)
-    decoded(model, request("qwen2_vl", ROWS[:1]))
-    assert int(model.model.rope_deltas) < 0
-    longer = {"input_ids": torch.cat([first, torch.tensor([[3, 4]])], dim=1)}
-    out = decoded(model, longer, fixed("ngram"), **cache)
-    assert torch.equal(out, decoded(model, longer))
+    outputs = []
+    for fast in (None, fixed("ngram")):
+        cache, first = filled_cache(model, text)
+        decoded(model, request("qwen2_vl", ROWS[:1]))
+        assert int(model.model.rope_deltas) < 0
+        longer = {"input_ids": torch.cat([first, torch.tensor([[3, 4]])], dim=1)}
+        outputs.append(decoded(model, longer, fast, **cache))
+    theirs, ours = outputs
+    expected = decoded(model, longer)
+    assert torch.equal(ours, expected)
+    assert not torch.equal(theirs, expected)
+
+
+def test_prompt_lookup_of_transformers_is_wrong_behind_a_reused_cache():
+    """It feeds the cached prefix twice, and says nothing."""
+    model = tiny_vlm("llava")
+    outputs = []
+    for fast, options in (
+        (None, {}),
+        (fixed("ngram"), {}),
+        (None, {"prompt_lookup_num_tokens": 3}),
+    ):
+        cache, first = filled_cache(model, request("llava", ROWS[:1]))
+        inputs = {"input_ids": torch.cat([first, torch.tensor([[3, 4, 1, 2]])], dim=1)}
+        outputs.append(decoded(model, inputs, fast, **cache, **options))
+    expected, ours, theirs = outputs
+    assert torch.equal(ours, expected)
+    assert not torch.equal(theirs, expected)
 
 
 # --------------------------------------------------------------------------- refusals
@@ -298,7 +319,7 @@ def test_layers_without_masks_of_their_own_are_refused():
     ("drafter", "row", "visual_tokens", "message"),
     [
         ("llava", 0, "half", "unknown visual_tokens 'half'; known: none, all"),
-        ("llava", 2, "all", "needs prompts with images, and none are there"),
+        ("llava", 2, "all", "needs the pixel_values of images, and none are given"),
         ("qwen2_vl", 0, "all", "Qwen2VLForConditionalGeneration does not read the images of Llava"),
     ],
 )

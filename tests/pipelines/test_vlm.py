@@ -124,6 +124,13 @@ def test_images_may_stand_beside_the_prompts(llava_pipe, tmp_path):
     assert llava_pipe(plain, max_new_tokens=8, return_dict=False)[0] == expected[2:]
 
 
+def test_what_the_checkpoint_says_of_generation_is_not_heeded(llava_pipe, monkeypatch):
+    expected = llava_pipe(CHATS, max_new_tokens=8).texts
+    for name, value in {"num_beams": 2, "max_length": 5, "do_sample": True}.items():
+        monkeypatch.setattr(llava_pipe.model.generation_config, name, value)
+    assert llava_pipe(CHATS, max_new_tokens=8).texts == expected
+
+
 def test_stops_streams_and_callbacks(llava_pipe, capsys):
     whole = llava_pipe(CHATS[1], max_new_tokens=12)
     stop = whole.texts[0][4:6]
