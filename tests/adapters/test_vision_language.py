@@ -130,6 +130,20 @@ def test_returned_sequences_share_the_images(name):
 # --------------------------------------------------------------------------- smaller models
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_first_layers_that_say_it_all_are_accepted_wholly(name):
+    """Any slip in the positions or the config of the cut model would cost an acceptance."""
+    model = tiny_vlm(name)
+    last = model.model.language_model.layers[-1]
+    for weight in (last.self_attn.o_proj.weight, last.mlp.down_proj.weight):
+        torch.nn.init.zeros_(weight)
+    fast = fixed({"name": "early_exit", "num_layers": 1})
+    assert torch.equal(
+        decoded(model, request(name, ROWS), fast), decoded(model, request(name, ROWS))
+    )
+    assert fast.stats.num_target_forwards == 1 + -(-NUM_NEW // 6)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_clone_that_sees_the_images_is_accepted_wholly(name):
     model = tiny_vlm(name)
