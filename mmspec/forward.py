@@ -6,7 +6,8 @@ what the tokens mean. Shape suffixes as in `mmspec.records`, and
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,11 +68,30 @@ def as_law_dtype(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptExtras:
+    """What the prompts of some rows have besides token ids.
+
+    Attributes:
+        inputs: More inputs of the forward that reads the prompts, as the model's ``forward`` names
+            them; those with a value per token are padded on the right.
+        place: As in `SlotForward`.
+        placeholders: Token ids that stand for something else than text.
+        seen_by: What the same prompts have for another model; None where that is not known.
+    """
+
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    place: Callable[[Tensor], Tensor] | None = None
+    placeholders: Collection[int] = ()
+    seen_by: Callable[[Any], "PromptExtras"] | None = None
+
+
 class SlotForward:
     """Runs a decoder over a `SlotCache`.
 
     Attributes:
         cache: The model's keys and values.
+        place: As in the constructor.
     """
 
     def __init__(
@@ -100,7 +120,7 @@ class SlotForward:
         config = model.config.get_text_config(decoder=True)
         self.model = model
         self.cache = cache if cache is not None else SlotCache(num_rows, capacity)
-        self._place = place
+        self.place = place
         if compile:
             self.cache.pin()
         self._is_compiled = compile
@@ -125,7 +145,8 @@ class SlotForward:
 
         Args:
             inputs: ``input_ids`` ``[B, N]`` or ``inputs_embeds`` ``[B, N, hidden]``, N being the
-                largest count; entries past a row's count are padding.
+                largest count; entries past a row's count are padding. Where all rows are fed,
+                other inputs of the model may follow.
             num_cached: Tokens each row has cached.
             counts: Tokens of the chunk that count, at least one per row.
             rows: As in `run`.
@@ -198,8 +219,8 @@ class SlotForward:
         Returns:
             The model's output, for the rows fed, in the order of the cache.
         """
-        if self._place is not None:
-            positions_BN = self._place(positions_BN)
+        if self.place is not None:
+            positions_BN = self.place(positions_BN)
         fed = self.cache.feed(rows)
         host_cached = [host_cached[row] for row in fed]
         if fed != tuple(range(len(cached_B))):
@@ -218,12 +239,10 @@ class SlotForward:
         if not is_even:
             slots_BN = cached_B[:, None] + torch.arange(num_nodes, device=cached_B.device)
         self.cache.aim(slots_BN, extent, longest)
-        is_plain = (
-            is_chain
-            and is_even
-            and (num_nodes == 1 or longest == 0)
-            and (self._window is None or extent < self._window)
-        )
+        # From an empty cache the model's own masks are right for rows padded on the right, those of
+        # windows, prefixes and images that see themselves whole among them.
+        is_short = self._window is None or extent < self._window
+        is_plain = is_chain and is_even and (longest == 0 or (num_nodes == 1 and is_short))
         mask = None if is_plain else self._mask(cached_B, ancestors_BNN, depth_BN, extent)
         # Padding may stand behind the last position that the model knows.
         if self._max_position is not None and longest + num_nodes > self._max_position:
@@ -263,6 +282,9 @@ class SlotForward:
         if not self._layer_types:
             return build(self._window)
         windows = {"full_attention": None, "sliding_attention": self._window}
+        if len(self._layer_types) == 1:
+            # Not every model with layers of one kind takes masks by kind.
+            return build(windows[self._layer_types[0]])
         return {kind: build(windows[kind]) for kind in self._layer_types}
 
 

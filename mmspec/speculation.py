@@ -10,7 +10,7 @@ Shape suffixes as in `mmspec.records`, and
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,18 +20,18 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mmspec.adapters import image_glm
+from mmspec.adapters import image_glm, vision_language
 from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.adapters.guidance import Guidance
 from mmspec.adapters.guided_lm import GuidedTarget, guidance_of, split_guidance
-from mmspec.adapters.kv_exchange import check_exchangeable, export_cache, import_cache
+from mmspec.adapters.kv_exchange import export_cache, import_prefix
 from mmspec.adapters.lockstep import Lockstep, sort_criteria
 from mmspec.adapters.processors import Layout, checked_stateless, law_from_processors
 from mmspec.cache import SlotCache
 from mmspec.checks import is_integer, require, require_generator, require_known
 from mmspec.drafters import TABLE, DrafterSpec, build_drafter, parse_spec
 from mmspec.engine import Engine
-from mmspec.forward import check_supported, text_device
+from mmspec.forward import PromptExtras, check_supported, text_device
 from mmspec.noise import row_keys
 from mmspec.records import Stats
 from mmspec.rows import TokenRows
@@ -64,6 +64,7 @@ _KNOWN_INPUTS = frozenset(
     {
         "attention_mask",
         "cache_position",
+        "labels",
         "logits_to_keep",
         "past_key_values",
         "position_ids",
@@ -71,8 +72,11 @@ _KNOWN_INPUTS = frozenset(
     }
 )
 
-#: Model type -> what `generate` passes on for it besides.
-_FAMILY_INPUTS = {"glm_image": image_glm.GENERATE_INPUTS}
+#: Model type -> module that knows what `generate` passes on for it besides.
+_FAMILIES: dict[str, Any] = {
+    "glm_image": image_glm,
+    **dict.fromkeys(vision_language.FAMILIES, vision_language),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +142,7 @@ def build_engine(
     *,
     cache: SlotCache | None = None,
     num_cached: Sequence[int] | None = None,
-    place: Callable[[Tensor], Tensor] | None = None,
+    extras: PromptExtras | None = None,
     guidance: Guidance | None = None,
 ) -> Engine:
     """Wires target, drafter, rule and schedule for token rows; runs nothing.
@@ -150,8 +154,9 @@ def build_engine(
         settings: How to draft and verify.
         cache: As in `CausalTarget`.
         num_cached: As in `CausalTarget`.
-        place: As in `CausalTarget`.
-        guidance: Classifier-free guidance of these rows; not together with ``cache`` or ``place``.
+        extras: As in `CausalTarget`.
+        guidance: Classifier-free guidance of these rows; not together with ``cache`` or
+            ``extras``.
 
     Raises:
         ValueError: If the model is not supported, a row does not fit its context, or the drafter
@@ -159,11 +164,11 @@ def build_engine(
     """
     target: Any
     if guidance is not None:
-        _check_guided(settings, cache)
+        _check_guided(settings, cache, extras)
         target = GuidedTarget(model, guidance, compile=settings.compile)
     else:
         target = CausalTarget(
-            model, rows, compile=settings.compile, cache=cache, num_cached=num_cached, place=place
+            model, rows, compile=settings.compile, cache=cache, num_cached=num_cached, extras=extras
         )
     drafter = build_drafter(
         settings.fitting_drafter,
@@ -179,7 +184,7 @@ def build_engine(
     return Engine(target, drafter, rule, schedule)
 
 
-def _check_guided(settings: Settings, cache: SlotCache | None) -> None:
+def _check_guided(settings: Settings, cache: SlotCache | None, extras: PromptExtras | None) -> None:
     """Refuses what has no second half."""
     if parse_spec(settings.drafter)[0] == "early_exit":
         raise ValueError(
@@ -191,6 +196,8 @@ def _check_guided(settings: Settings, cache: SlotCache | None) -> None:
             "past_key_values of an earlier call cannot be combined with guidance_scale: they hold "
             "nothing of the negative prompts"
         )
+    if extras is not None:
+        raise ValueError("guidance_scale is not supported for models that read images")
 
 
 def _schedule(
@@ -340,7 +347,7 @@ class Speculation:
             device=text_device(model),
         )
         past = model_kwargs.get("past_key_values")
-        cache, num_cached = _imported(past, is_token_BP, rows)
+        cache, num_cached = import_prefix(past, is_token_BP, rows)
         engine = build_engine(
             model,
             rows,
@@ -348,7 +355,7 @@ class Speculation:
             self.settings,
             cache=cache,
             num_cached=num_cached,
-            place=_place(model, rows, model_kwargs),
+            extras=_extras(model, rows, model_kwargs, is_token_BP, dropped),
             guidance=None if guide is None else guidance_of(guide, model, rows),
         )
         result = engine.run(lambda record, outcome: lockstep.advance(rows))
@@ -367,16 +374,17 @@ class Speculation:
 
 
 def _dropped_by_generate() -> Mapping[str, Any]:
-    """Arguments of `generate` that it does not pass to a callable, read from its own frame.
+    """Arguments of `generate` that it does not pass on to a callable, from its own frame.
 
     transformers 5.23 rebuilds the extra arguments for a callable from unnamed ones only, so
     `streamer=` (which has been shown the prompt by then and would wait for ever) and
-    `assistant_model=` get lost without a word.
+    `assistant_model=` get lost without a word. Of images it passes on what the target's tower
+    makes of them.
     """
     caller = sys._getframe(2)
     if caller.f_code.co_name != "generate":
         return {}
-    names = ("streamer", "assistant_model", "synced_gpus")
+    names = ("streamer", "assistant_model", "synced_gpus", "inputs", "kwargs")
     return {name: caller.f_locals.get(name) for name in names}
 
 
@@ -407,7 +415,8 @@ def _check_mode(
         raise ValueError(
             f"cache_implementation={config.cache_implementation!r} is not supported by speculate()"
         )
-    known = _KNOWN_INPUTS | _FAMILY_INPUTS.get(model.config.model_type, frozenset())
+    family = _FAMILIES.get(model.config.model_type)
+    known = _KNOWN_INPUTS | (family.GENERATE_INPUTS if family else frozenset())
     # Multimodal models are handed the outputs of their encoders, none of them for plain text.
     unknown = sorted(
         name for name, value in model_kwargs.items() if not _is_nothing(value) and name not in known
@@ -416,13 +425,22 @@ def _check_mode(
         raise ValueError(f"model inputs not supported by speculate(): {', '.join(unknown)}")
 
 
-def _place(
-    model: Any, rows: TokenRows, model_kwargs: Mapping[str, Any]
-) -> Callable[[Tensor], Tensor] | None:
-    """Positions that are not the place in the row, for families that have them."""
-    if model.config.model_type in _FAMILY_INPUTS:
-        return image_glm.place_in_generate(model, rows, model_kwargs)
-    return None
+def _extras(
+    model: Any,
+    rows: TokenRows,
+    model_kwargs: Mapping[str, Any],
+    is_token_BP: Tensor,
+    call: Mapping[str, Any],
+) -> PromptExtras | None:
+    """What the prompts have besides tokens, for families where they have more."""
+    family = _FAMILIES.get(model.config.model_type)
+    if family is None:
+        return None
+    given = {"input_ids": call.get("inputs")} | (call.get("kwargs") or {})
+    extras: PromptExtras | None = family.extras_in_generate(
+        model, rows, model_kwargs, is_token_BP, given
+    )
+    return extras
 
 
 def _is_nothing(value: Any) -> bool:
@@ -450,34 +468,16 @@ def _token_mask(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
         raise ValueError("prompts must be padded on the left; a row of attention_mask ends in 0")
     if positions is not None:
         expected = is_token.long().cumsum(1) - 1
+        if positions.ndim == 3:
+            # The first of four axes counts tokens, the others place them in images. A single one
+            # starts from what the model remembers of its last request: it says nothing of this one.
+            positions = {4: positions[0], 1: expected}.get(len(positions), positions)
         if not bool((positions.to(expected.device) == expected)[..., is_token].all()):
             raise ValueError("position_ids must count each row's tokens from 0; others are given")
     return is_token
 
 
 # --------------------------------------------------------------------------- reused caches
-
-
-def _imported(
-    past: Any, is_token_BP: Tensor, rows: TokenRows
-) -> tuple[SlotCache | None, list[int] | None]:
-    """The slot cache of a reused cache, and how much of each row it holds."""
-    if past is None:
-        return None, None
-    is_users = getattr(past, "_is_user_defined", False)
-    if is_users:
-        check_exchangeable(past)
-    num_columns = past.get_seq_length()
-    if num_columns == 0:
-        return None, None
-    if num_columns >= is_token_BP.shape[1]:
-        raise ValueError(
-            f"past_key_values holds {num_columns} columns and input_ids only "
-            f"{is_token_BP.shape[1]}; pass the whole input_ids, cached part included"
-        )
-    device = rows.lengths_B.device
-    cache = import_cache(past, is_token_BP.to(device), rows.capacity)
-    return cache, is_token_BP[:, :num_columns].sum(1).tolist()
 
 
 def _exported(past: Any, target: Any, is_token_BC: Tensor) -> DynamicCache:

@@ -12,6 +12,7 @@ _EMU3_TEST = "tests/pipelines/test_image_emu3.py::test_greedy_is_that_of_transfo
 _CHAMELEON_TEST = (
     "tests/pipelines/test_image_chameleon.py::test_greedy_is_that_of_the_decoder_and_the_head"
 )
+_VLM_TEST = "tests/adapters/test_vision_language.py::test_greedy_equals_generate"
 _TINY = "tiny random weights against generate(), greedy, single rows and ragged batches"
 
 
@@ -23,7 +24,7 @@ class SupportRow:
         family: What people call it.
         class_name: Class in transformers.
         adapter: File under ``mmspec/adapters`` that serves it.
-        pipeline: What to load it with.
+        pipeline: What to load it with; "speculate" where it runs inside `generate` only.
         tested: On which weights and how.
         test: Id of the test.
         guarantee: What the default rule promises: with "exact", the tokens of plain decoding with
@@ -47,6 +48,23 @@ def _causal(family: str, key: str, more: str = "", class_name: str | None = None
         pipeline="SpeculativeTextPipeline",
         tested=_TINY + more,
         test=f"{_CAUSAL_TEST}[{key}-1]",
+    )
+
+
+def _vision(
+    family: str,
+    key: str,
+    class_name: str,
+    more: str = "; its processor",
+    pipeline: str = "SpeculativeVLMPipeline",
+) -> SupportRow:
+    return SupportRow(
+        family=family,
+        class_name=f"{class_name}ForConditionalGeneration",
+        adapter="vision_language",
+        pipeline=pipeline,
+        tested=_TINY + ", with and without images" + more,
+        test=f"{_VLM_TEST}[{key}-1]",
     )
 
 
@@ -96,4 +114,17 @@ SUPPORT = (
         "plain decoding (sampled); pixels need a supplied image_decoder",
         test=_CHAMELEON_TEST,
     ),
+    _vision("LLaVA", "llava", "Llava"),
+    _vision("LLaVA-OneVision", "llava_onevision", "LlavaOnevision"),
+    _vision("Qwen2-VL", "qwen2_vl", "Qwen2VL"),
+    _vision("Qwen2.5-VL", "qwen2_5_vl", "Qwen2_5_VL"),
+    _vision("Qwen3-VL", "qwen3_vl", "Qwen3VL"),
+    _vision("SmolVLM", "smolvlm", "SmolVLM", more=""),
+    _vision("Idefics3, Granite-Docling", "idefics3", "Idefics3"),
+    _vision("InternVL", "internvl", "InternVL"),
+    _vision("Gemma3 (images)", "gemma3", "Gemma3"),
+    _vision("PaliGemma", "paligemma", "PaliGemma"),
+    _vision("GLM-OCR", "glm_ocr", "GlmOcr"),
+    _vision("PaddleOCR-VL", "paddleocr_vl", "PaddleOCRVL"),
+    _vision("GOT-OCR2", "got_ocr2", "GotOcr2", more="", pipeline="speculate"),
 )

@@ -11,13 +11,20 @@ if TYPE_CHECKING:
     from mmspec.pipelines.glm_image import accelerate
     from mmspec.pipelines.image import SpeculativeImagePipeline
     from mmspec.pipelines.text import SpeculativeTextPipeline
+    from mmspec.pipelines.vlm import SpeculativeVLMPipeline
 
-__all__ = ["SpeculativeImagePipeline", "SpeculativeTextPipeline", "accelerate"]
+__all__ = [
+    "SpeculativeImagePipeline",
+    "SpeculativeTextPipeline",
+    "SpeculativeVLMPipeline",
+    "accelerate",
+]
 
 # Public name -> "module:name", the module relative to this package.
 PIPELINES = {
     "SpeculativeImagePipeline": ".image:SpeculativeImagePipeline",
     "SpeculativeTextPipeline": ".text:SpeculativeTextPipeline",
+    "SpeculativeVLMPipeline": ".vlm:SpeculativeVLMPipeline",
     "accelerate": ".glm_image:accelerate",
 }
 

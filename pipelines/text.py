@@ -1,6 +1,6 @@
 """Text to text with any causal language model of transformers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,35 +11,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmspec.adapters.smollm2 import SMOLLM2_IDS, load_smollm2
 from mmspec.cache import SlotCache
-from mmspec.checks import is_integer, is_list, require, require_known
+from mmspec.checks import require
 from mmspec.drafters import DrafterSpec
-from mmspec.engine import Engine, StepCallback
-from mmspec.law_config import LawConfig
-from mmspec.noise import row_keys
-from mmspec.pipelines.base import (
-    SpeculativePipeline,
-    StepEnd,
-    check_callback,
-    check_positive,
+from mmspec.engine import Engine
+from mmspec.pipelines.base import StepEnd
+from mmspec.pipelines.writing import (
+    Prompt,
+    WritingOptions,
+    WritingPipeline,
+    WrittenOutput,
+    as_requests,
 )
-from mmspec.records import Outcome, Stats, StepRecord
-from mmspec.rows import TokenRows
-from mmspec.sampling import build_law
-from mmspec.speculation import Settings, build_engine
-from mmspec.stop_strings import StopStrings
-
-#: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
-DECODERS = {
-    "exact": "exact",
-    "sequential": "exact",
-    "speculative": "speculative",
-    "block": "block",
-    "coupled": "coupled",
-    "sjd": "sjd",
-}
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Tensor
+from mmspec.speculation import build_engine
 
 
 @dataclass(slots=True)
@@ -62,27 +45,17 @@ class TextCache:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextOutput:
+class TextOutput(WrittenOutput):
     """What a text pipeline returns.
 
     Attributes:
-        texts: Generated text of each row, special tokens and stop string excluded.
-        tokens: Generated tokens of each row, int64; the token that ended the row included.
-        stats: Figures over the batch.
-        row_stats: Figures per row.
         cache: Pass it as ``cache=`` with the prompt that continues these rows.
-        interrupted: True if the call was stopped before every row had ended.
     """
 
-    texts: list[str]
-    tokens: list[Tensor]
-    stats: Stats
-    row_stats: tuple[Stats, ...]
     cache: TextCache
-    interrupted: bool = False
 
 
-class SpeculativeTextPipeline(SpeculativePipeline):
+class SpeculativeTextPipeline(WritingPipeline):
     """Causal language models, faster for the same tokens.
 
     Attributes:
@@ -95,25 +68,6 @@ class SpeculativeTextPipeline(SpeculativePipeline):
         >>> pipe("The capital of France is", max_new_tokens=8).texts[0]  # doctest: +SKIP
         ' Paris.'
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        drafter: DrafterSpec = None,
-        schedule: str | None = None,
-    ) -> None:
-        """Wraps loaded objects; see `from_pretrained` and `from_model`.
-
-        Raises:
-            ValueError: If the drafter or the schedule is unknown.
-        """
-        super().__init__(model)
-        self.tokenizer = tokenizer
-        self.drafter: DrafterSpec = "ngram" if drafter is None else drafter
-        self.schedule = schedule
-        Settings(drafter=self.drafter, schedule=self.schedule)
 
     @classmethod
     def from_pretrained(
@@ -227,73 +181,42 @@ class SpeculativeTextPipeline(SpeculativePipeline):
         Raises:
             ValueError: On any argument out of its range, before any forward.
         """
-        settings = self._settings(decoder, drafter, width, compile)
-        check_positive("max_new_tokens", max_new_tokens)
-        check_callback(callback_on_step_end)
-        prompts = [self._encode(one, index) for index, one in enumerate(_as_requests(prompt))]
-        _check_streamer(streamer, len(prompts))
-        ends = self._eos_token_ids()
-        law = build_law(
-            LawConfig(
+        requests = as_requests(prompt)
+        plan = self._plan(
+            WritingOptions(
+                max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
                 presence_penalty=presence_penalty,
-                bad_words=self._bad_words(bad_words),
+                bad_words=bad_words,
                 min_new_tokens=min_new_tokens,
-                eos_token_ids=ends,
-            )
+                stop=stop,
+                generator=generator,
+                drafter=drafter,
+                decoder=decoder,
+                width=width,
+                streamer=streamer,
+                callback_on_step_end=callback_on_step_end,
+                compile=compile,
+            ),
+            len(requests),
         )
-        stops = StopStrings(self.tokenizer, stop)
-        rows = TokenRows(
-            prompts,
-            max_new_tokens=[max_new_tokens] * len(prompts),
-            keys_B=row_keys(generator, len(prompts)),
-            eos_token_ids=ends,
-            stop_check=stops.check if stops.texts else None,
-            device=self.device,
-        )
+        prompts = [self._encode(one, index) for index, one in enumerate(requests)]
+        rows = self._rows(plan, prompts)
         num_cached = self._shared(cache, prompts)
         slots = cache.slots if cache is not None else None
-        engine = build_engine(self.model, rows, law, settings, cache=slots, num_cached=num_cached)
-        cache = self._claimed(cache, engine, prompts, num_cached)
-        bar, after_step = self._watch(
-            max_new_tokens * len(prompts), callback_on_step_end, is_quiet=streamer is not None
+        engine = build_engine(
+            self.model, rows, plan.law, plan.settings, cache=slots, num_cached=num_cached
         )
-        with bar:
-            result = engine.run(_streaming(after_step, streamer, prompts))
-        if streamer is not None:
-            streamer.end()
+        cache = self._claimed(cache, engine, prompts, num_cached)
+        written = self._write(plan, engine, rows)
         # The last token of a row, its root, has no keys yet.
         cache.tokens = [tokens[:-1] for tokens in rows.host_tokens]
-        new = [rows.new_tokens(row) for row in range(rows.num_rows)]
-        output = TextOutput(
-            texts=[stops.cut(self._decode(tokens)) for tokens in new],
-            tokens=[torch.tensor(tokens, dtype=torch.long) for tokens in new],
-            stats=result.stats,
-            row_stats=result.row_stats,
-            cache=cache,
-            interrupted=result.interrupted,
-        )
+        output = TextOutput(**written, cache=cache)
         return output if return_dict else (output.texts, output.tokens)
-
-    def _settings(
-        self, decoder: str, drafter: DrafterSpec, width: int | None, compile: bool
-    ) -> Settings:
-        require_known("decoder", decoder, DECODERS)
-        drafter = self.drafter if drafter is None else drafter
-        settings = Settings(
-            drafter=drafter,
-            rule=DECODERS[decoder],
-            width=width,
-            schedule=self.schedule,
-            compile=compile,
-        )
-        if decoder == "sequential":
-            return Settings(drafter="none", width=1, compile=compile)
-        return settings
 
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
         """Token ids of one prompt."""
@@ -315,39 +238,6 @@ class SpeculativeTextPipeline(SpeculativePipeline):
             )["input_ids"]
         self._check_tokens(f"prompt {index}", ids)
         return ids
-
-    def _check_tokens(self, name: str, ids: Iterable[int]) -> None:
-        vocab_size = self.model.get_input_embeddings().weight.shape[0]
-        foreign = sorted({token for token in ids if not 0 <= token < vocab_size})
-        if foreign:
-            raise ValueError(f"{name} has token ids outside 0..{vocab_size - 1}: {foreign}")
-
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        config = getattr(self.model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
-        if ends is None:
-            return ()
-        return (ends,) if isinstance(ends, int) else tuple(ends)
-
-    def _bad_words(self, words: Any) -> tuple[tuple[int, ...], ...]:
-        rule = "a list of words, as texts or lists of token ids"
-        is_word = lambda word: isinstance(word, str) or is_list(word, is_integer)  # noqa: E731
-        require(is_list(words, is_word), "bad_words", rule, words)
-        sequences: list[tuple[int, ...]] = []
-        for word in words:
-            texts = (word, f" {word}") if isinstance(word, str) else ()
-            sequences += [
-                tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
-            ]
-            if not isinstance(word, str):
-                sequences.append(tuple(word))
-        self._check_tokens("bad_words", (token for word in sequences for token in word))
-        return tuple(dict.fromkeys(sequences))
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _shared(self, cache: TextCache | None, prompts: list[list[int]]) -> list[int] | None:
         """Tokens of each prompt that need not be read again; the last one always is."""
@@ -377,62 +267,6 @@ class SpeculativeTextPipeline(SpeculativePipeline):
             return TextCache(self.model, target.forward.cache, empty)
         cache.tokens = [p[:count] for p, count in zip(prompts, num_cached, strict=True)]
         return cache
-
-
-def _as_requests(prompt: Any) -> list[Prompt]:
-    """One prompt or many as a list of prompts.
-
-    Raises:
-        ValueError: If there is none, or one is neither a text, nor messages, nor token ids.
-    """
-    is_one = isinstance(prompt, str | Tensor | Mapping) or not isinstance(prompt, Iterable)
-    prompts = [prompt] if is_one else list(prompt)
-    if not is_one and prompts and all(isinstance(message, Mapping) for message in prompts):
-        prompts = [prompts]
-    if not prompts:
-        raise ValueError("at least one prompt is needed, got an empty list")
-    for index, one in enumerate(prompts):
-        require(
-            _is_request(one),
-            f"prompt {index}",
-            "a non-empty text, list of messages with a 'role', or 1-D tensor of token ids",
-            one,
-        )
-    return prompts
-
-
-def _is_request(prompt: Any) -> bool:
-    if isinstance(prompt, Tensor):
-        is_ids = prompt.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-        return prompt.ndim == 1 and is_ids and len(prompt) > 0
-    if isinstance(prompt, str):
-        return prompt != ""
-    return (
-        isinstance(prompt, Sequence)
-        and len(prompt) > 0
-        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
-    )
-
-
-def _check_streamer(streamer: Any, num_rows: int) -> None:
-    is_good = streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end"))
-    require(is_good, "streamer", "None or an object with put and end", streamer)
-    if streamer is not None and num_rows > 1:
-        raise ValueError(f"a streamer shows one row, got {num_rows} prompts")
-
-
-def _streaming(after_step: StepCallback, streamer: Any, prompts: list[list[int]]) -> StepCallback:
-    """The callback that feeds a streamer as `generate` does: the prompt, then token by token."""
-    if streamer is None:
-        return after_step
-    streamer.put(torch.tensor(prompts))
-
-    def show(record: StepRecord, outcome: Outcome) -> bool | None:
-        for token in outcome.new_units[0]:
-            streamer.put(torch.tensor([token]))
-        return after_step(record, outcome)
-
-    return show
 
 
 def _num_common(left: Sequence[int], right: Sequence[int]) -> int:

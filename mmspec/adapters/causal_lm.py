@@ -4,14 +4,14 @@ Every family that transformers loads with a plain or sliding key/value cache.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmspec.cache import SlotCache
-from mmspec.forward import SlotForward, as_law_dtype, text_device
+from mmspec.forward import PromptExtras, SlotForward, as_law_dtype, text_device
 from mmspec.records import Outcome, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 
@@ -23,6 +23,7 @@ class CausalTarget:
         rows: The committed tokens.
         forward: The model on its slot cache. Tokens cached are the committed ones less the root,
             which is fed together with its drafts; only the first root is fed with its prompt.
+        extras: What the prompts have besides token ids.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class CausalTarget:
         compile: bool = False,
         cache: SlotCache | None = None,
         num_cached: Sequence[int] | None = None,
-        place: Callable[[Tensor], Tensor] | None = None,
+        extras: PromptExtras | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -44,13 +45,14 @@ class CausalTarget:
             cache: A cache from earlier turns whose first ``num_cached`` tokens are those of the
                 rows.
             num_cached: Tokens that each row has in ``cache``.
-            place: As in `SlotForward`.
+            extras: What the prompts have besides token ids.
 
         Raises:
             ValueError: If the model is not supported or a row does not fit its context.
         """
         check_fits(model, rows)
         self.rows = rows
+        self.extras = extras or PromptExtras()
         if cache is not None:
             cache.reserve(rows.capacity)
         self.forward = SlotForward(
@@ -59,7 +61,7 @@ class CausalTarget:
             capacity=rows.capacity,
             compile=compile,
             cache=cache,
-            place=place,
+            place=self.extras.place,
         )
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self._num_cached = list(num_cached or [0] * rows.num_rows)
@@ -72,7 +74,9 @@ class CausalTarget:
 
     def prefill(self) -> None:
         """Caches every prompt and keeps the logits behind it, which answer a first plain step."""
-        self._first_logits = prefill_rows(self.forward, self.rows, self._num_cached)
+        self._first_logits = prefill_rows(
+            self.forward, self.rows, self._num_cached, self.extras.inputs
+        )
 
     def score(self, proposal: Proposal) -> Scores:
         """One forward over the drafts of the rows that go on; none for a plain first step."""
@@ -105,8 +109,19 @@ class CausalTarget:
         return commit_rows(self.forward.cache, self.rows, proposal, verdict)
 
 
-def prefill_rows(forward: SlotForward, rows: TokenRows, num_cached: Sequence[int]) -> Tensor:
+def prefill_rows(
+    forward: SlotForward,
+    rows: TokenRows,
+    num_cached: Sequence[int],
+    more: Mapping[str, Any] | None = None,
+) -> Tensor:
     """Caches the committed tokens that are not cached yet, the root included.
+
+    Args:
+        forward: The model on its slot cache.
+        rows: The rows.
+        num_cached: Tokens of each row in the cache.
+        more: Other inputs of the model.
 
     Returns:
         The logits behind each root, ``[B, 1, V]``.
@@ -119,7 +134,7 @@ def prefill_rows(forward: SlotForward, rows: TokenRows, num_cached: Sequence[int
     cached_B = torch.tensor(num_cached, device=device)
     columns = cached_B[:, None] + torch.arange(max(counts), device=device)
     tokens = rows.tokens_BT.gather(1, columns.clamp(max=rows.capacity - 1))
-    return as_law_dtype(forward.extend({"input_ids": tokens}, num_cached, counts))
+    return as_law_dtype(forward.extend({"input_ids": tokens, **(more or {})}, num_cached, counts))
 
 
 def commit_rows(cache: SlotCache, rows: TokenRows, proposal: Proposal, verdict: Verdict) -> Outcome:

@@ -8,7 +8,7 @@ model is only read. Shape suffixes as in `mmspec.records`, and
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmspec.adapters.token_image import ImageLayout
 from mmspec.checks import is_integer, require
-from mmspec.forward import text_device
+from mmspec.forward import PromptExtras, text_device
 from mmspec.rows import TokenRows
 
 #: Pixels per code and side.
@@ -179,15 +179,21 @@ def place_codes(offsets_AT: Tensor, positions_BN: Tensor, prompt_lengths_B: Tens
     return torch.where(index >= 0, prompt_B1 + offsets, positions_BN)
 
 
-def place_in_generate(
-    model: Any, rows: TokenRows, inputs: Mapping[str, Any]
-) -> Callable[[Tensor], Tensor] | None:
+def extras_in_generate(
+    model: Any,
+    rows: TokenRows,
+    inputs: Mapping[str, Any],
+    is_token_BP: Tensor,
+    given: Mapping[str, Any],
+) -> PromptExtras | None:
     """Positions of a request that came through `generate`; None where it names no grids.
 
     Args:
         model: The loaded model.
         rows: The rows of the request.
         inputs: What `generate` passes on.
+        is_token_BP: Which columns of the prompts are tokens.
+        given: What `generate` was given.
 
     Raises:
         ValueError: On source images, images of several sizes, or a cache of the caller's.
@@ -202,7 +208,7 @@ def place_in_generate(
     if counts is None:
         counts = torch.tensor([len(grids)])
     place: Any = GlmImageFamily(model).layout_in(grids, counts).place
-    return lambda positions_BN: place(positions_BN, rows.prompt_lengths_B)
+    return PromptExtras(place=lambda positions_BN: place(positions_BN, rows.prompt_lengths_B))
 
 
 def _grid_offsets(grids: Sequence[Grid]) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from mmspec.cache import SlotCache
+from mmspec.rows import TokenRows
 
 
 def check_exchangeable(cache: Any) -> None:
@@ -70,6 +71,36 @@ def import_cache(past: DynamicCache, is_token_BC: Tensor, capacity: int) -> Slot
         cache.aim(slots_BC[:, num_columns - held :], extent=0)
         cache.update(layer.keys, layer.values, index)
     return cache
+
+
+def import_prefix(
+    past: Any, is_token_BP: Tensor, rows: TokenRows
+) -> tuple[SlotCache | None, list[int] | None]:
+    """The slot cache of a reused cache, and how much of each row it holds.
+
+    Args:
+        past: What `generate` passes on as ``past_key_values``; None or empty where none is reused.
+        is_token_BP: Which columns of the whole prompts are tokens, bool.
+        rows: The rows of the whole prompts.
+
+    Raises:
+        ValueError: If the cache is of a foreign kind, or the prompts are no longer than it.
+    """
+    if past is None:
+        return None, None
+    if getattr(past, "_is_user_defined", False):
+        check_exchangeable(past)
+    num_columns = past.get_seq_length()
+    if num_columns == 0:
+        return None, None
+    if num_columns >= is_token_BP.shape[1]:
+        raise ValueError(
+            f"past_key_values holds {num_columns} columns and input_ids only "
+            f"{is_token_BP.shape[1]}; pass the whole input_ids, cached part included"
+        )
+    device = rows.lengths_B.device
+    cache = import_cache(past, is_token_BP.to(device), rows.capacity)
+    return cache, is_token_BP[:, :num_columns].sum(1).tolist()
 
 
 def export_cache(cache: SlotCache, past: DynamicCache, is_token_BC: Tensor) -> None:

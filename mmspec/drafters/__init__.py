@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from mmspec.checks import require_known
+from mmspec.forward import PromptExtras
 from mmspec.rows import TokenRows
 from mmspec.sampling import Law
 
@@ -20,6 +21,9 @@ TABLE = {
     "jacobi": ("mmspec.drafters.jacobi", "JacobiDrafter"),
     "denoise": ("mmspec.drafters.denoise", "DenoiseDrafter"),
 }
+
+#: How much of an image a smaller model is shown.
+VISUAL_TOKENS = ("none", "all")
 
 DrafterSpec = str | Mapping[str, Any] | nn.Module | None
 
@@ -64,7 +68,8 @@ def build_drafter(
 
     Args:
         spec: As in `parse_spec`.
-        target: The target adapter; gives ``vocab_size`` and ``forward``.
+        target: The target adapter; gives ``vocab_size`` and ``forward``, and ``extras`` where
+            prompts have more than token ids.
         rows: The rows to draft for.
         law: The target's law.
         max_width: Largest width of a step, root included.
@@ -77,10 +82,14 @@ def build_drafter(
     module, class_name = TABLE[name]
     cls = getattr(importlib.import_module(module), class_name)
     vocab_size = target.vocab_size
-    if name in ("none", "ngram"):
-        arguments: tuple[Any, ...] = (rows, vocab_size)
+    extras: PromptExtras | None = getattr(target, "extras", None)
+    placeholders = () if extras is None else extras.placeholders
+    arguments: tuple[Any, ...] = (rows, vocab_size)
+    if name == "none":
+        pass
+    elif name == "ngram":
+        options = {"placeholders": placeholders} | options
     elif name in ("jacobi", "denoise"):
-        arguments = (rows, vocab_size)
         options = {
             "max_width": max_width,
             "is_greedy": law.is_greedy,
@@ -97,9 +106,24 @@ def build_drafter(
             raise ValueError(
                 f"the {name!r} drafter needs a loaded model: {{'name': {name!r}, 'model': m, ...}}"
             )
-        arguments = (options.pop("model"), rows, vocab_size, law)
+        model = options.pop("model")
+        arguments = (model, rows, vocab_size, law)
         options = {"shared_noise": shared_noise} | options
+        if name == "model" and extras is not None:
+            options |= _sight(options.pop("visual_tokens", "none"), model, extras)
+        elif name == "cross_tokenizer":
+            options["placeholders"] = placeholders
     try:
         return cls(*arguments, **options)
     except TypeError as error:
         raise ValueError(f"drafter {name!r} does not take these options: {error}") from error
+
+
+def _sight(visual_tokens: str, model: Any, extras: PromptExtras) -> dict[str, Any]:
+    """Options of the model drafter for prompts with images."""
+    require_known("visual_tokens", visual_tokens, VISUAL_TOKENS)
+    if visual_tokens == "none":
+        return {"placeholders": extras.placeholders}
+    if extras.seen_by is None:
+        raise ValueError("visual_tokens='all' needs the pixel_values of images, and none are given")
+    return {"extras": extras.seen_by(model)}

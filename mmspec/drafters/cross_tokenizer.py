@@ -12,6 +12,7 @@ boundary which the tokenizers cut differently costs a few tokens of re-reading a
 Both methods read the host (they handle text), unlike drafters that share the target's tokens.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class CrossTokenizerDrafter:
         target_tokenizer: Any,
         method: str = "string",
         shared_noise: bool = True,
+        placeholders: Collection[int] = (),
     ) -> None:
         """Wraps a model and both tokenizers.
 
@@ -63,6 +65,7 @@ class CrossTokenizerDrafter:
             target_tokenizer: The target's tokenizer.
             method: "string" or "shared".
             shared_noise: As in `mmspec.drafters.model.ModelDrafter`.
+            placeholders: Tokens that are no text; they are left out of what the drafter reads.
 
         Raises:
             ValueError: If the method is unknown or the vocabularies share nothing.
@@ -76,6 +79,7 @@ class CrossTokenizerDrafter:
         self._own, self._target = tokenizer, target_tokenizer
         self._method = method
         self._shared_noise = shared_noise
+        self._placeholders = frozenset(placeholders)
         self._cached: list[list[int]] = [[] for _ in range(rows.num_rows)]
         own_vocab = model.get_output_embeddings().weight.shape[0]
         pairs = shared_vocabulary(target_tokenizer, tokenizer)
@@ -175,7 +179,8 @@ class CrossTokenizerDrafter:
         )
 
     def _encode_own(self, target_tokens: list[int]) -> list[int]:
-        ids = self._own.encode(_text(self._target, target_tokens), add_special_tokens=False)
+        text = [token for token in target_tokens if token not in self._placeholders]
+        ids = self._own.encode(_text(self._target, text), add_special_tokens=False)
         bos = self._own.bos_token_id
         if bos is not None and (not ids or ids[0] != bos):
             ids = [bos, *ids]

@@ -3,6 +3,7 @@
 import copy
 import functools
 import types
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mmspec.cache import SlotCache
 from mmspec.drafters.plain import root_only
-from mmspec.forward import SlotForward, as_law_dtype
+from mmspec.forward import PromptExtras, SlotForward, as_law_dtype
 from mmspec.noise import Salt, gumbel
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
@@ -39,6 +40,8 @@ def draw(
 class ModelDrafter:
     """Drafts a chain with a smaller model that shares the target's tokens.
 
+    Of prompts with images it reads the text alone, unless it is told what it sees in their place.
+
     Attributes:
         forward: The model on its slot cache.
     """
@@ -54,6 +57,8 @@ class ModelDrafter:
         *,
         shared_noise: bool = True,
         cache: SlotCache | None = None,
+        placeholders: Collection[int] = (),
+        extras: PromptExtras | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -65,20 +70,39 @@ class ModelDrafter:
             shared_noise: Draw with the target's own noise (Gumbel coupling, for the exact rule);
                 otherwise sample freshly and report the law (for speculative sampling).
             cache: Share this cache instead of making one.
+            placeholders: Tokens of a prompt that are left out of the drafter's own; the token that
+                ends it is not.
+            extras: What the prompts have for this model besides token ids; not together with
+                ``placeholders``.
         """
+        self._extras = extras
         self.forward = SlotForward(
-            model, num_rows=rows.num_rows, capacity=rows.capacity, cache=cache
+            model,
+            num_rows=rows.num_rows,
+            capacity=rows.capacity,
+            cache=cache,
+            place=None if extras is None else extras.place,
         )
         self._rows = rows
         self._vocab_size = vocab_size
         self._own_vocab = model.get_output_embeddings().weight.shape[0]
         self._law = law
         self._shared_noise = shared_noise
+        self._num_left_out, self._index_BT = [0] * rows.num_rows, None
+        if placeholders:
+            self._num_left_out, self._index_BT = _without(rows, frozenset(placeholders))
         self._num_cached = [0] * rows.num_rows
         self._root_slot: list[int] = []
 
     def prefill(self) -> None:
-        """Reads nothing: the first draft feeds the prompt."""
+        """Reads prompts that have more than tokens; the first draft feeds any other."""
+        if self._extras is None:
+            return
+        counts = self._rows.prompt_lengths
+        ids = self._rows.tokens_BT[:, : max(counts)]
+        inputs = {"input_ids": ids, **self._extras.inputs}
+        self.forward.extend(inputs, [0] * len(counts), counts)
+        self._num_cached = [count - 1 for count in counts]
 
     def propose(self, plan: Plan) -> Proposal:
         """A chain of ``plan.width - 1`` drafts per active row."""
@@ -87,7 +111,7 @@ class ModelDrafter:
         if num_drafts < 1:
             return root_only(rows)
         scratch = rows.tokens_BT.clone()
-        self._root_slot = [len(tokens) - 1 for tokens in rows.host_tokens]
+        self._root_slot = self._last_slots()
         laws = []
         for depth in range(num_drafts):
             law_logits = self._next_law(scratch, depth)
@@ -109,10 +133,16 @@ class ModelDrafter:
         """Keeps the accepted drafts' keys; the rest is overwritten later."""
         if proposal.width == 1:
             return
+        last_slots = self._last_slots()
         for row, accepted in enumerate(outcome.num_accepted):
             # The last draft was never fed, so at most width - 2 accepted drafts are cached.
             kept = self._root_slot[row] + 1 + min(accepted, proposal.width - 2)
-            self._num_cached[row] = min(kept, len(self._rows.host_tokens[row]) - 1)
+            self._num_cached[row] = min(kept, last_slots[row])
+
+    def _last_slots(self) -> list[int]:
+        """Where the last token of each row stands among those that this model reads."""
+        pairs = zip(self._rows.host_tokens, self._num_left_out, strict=True)
+        return [len(tokens) - 1 - left_out for tokens, left_out in pairs]
 
     def _next_law(self, scratch_BT: Tensor, depth: int) -> Tensor:
         """Feeds what is missing up to ``depth`` behind the root; returns the law of the next.
@@ -127,6 +157,8 @@ class ModelDrafter:
         num_fed = max(counts[row] for row in rows.active)
         ahead = torch.arange(num_fed, device=scratch_BT.device)
         index = (cached_B[:, None] + ahead).clamp(max=rows.capacity - 1)
+        if self._index_BT is not None:
+            index = self._index_BT.gather(1, index)
         ids = self._embeddable(scratch_BT.gather(1, index))
         logits = as_law_dtype(
             self.forward.extend({"input_ids": ids}, self._num_cached, counts, rows.active)
@@ -182,7 +214,13 @@ class EarlyExitDrafter(ModelDrafter):
         """
         shallow = first_layers(target.model, num_layers)
         super().__init__(
-            shallow, rows, vocab_size, law, shared_noise=shared_noise, cache=target.cache
+            shallow,
+            rows,
+            vocab_size,
+            law,
+            shared_noise=shared_noise,
+            cache=target.cache,
+            extras=PromptExtras(place=target.place),
         )
         self._target_cache = target.cache
         self._num_layers = num_layers
@@ -199,20 +237,41 @@ class EarlyExitDrafter(ModelDrafter):
         self._num_cached = [len(tokens) - 1 for tokens in self._rows.host_tokens]
 
 
+def _without(rows: TokenRows, left_out: frozenset[int]) -> tuple[list[int], Tensor | None]:
+    """How many tokens of each prompt are left out, and which token of a row stands where then.
+
+    Returns:
+        The counts, and ``[B, T]`` indices; None where nothing is left out.
+    """
+    counts, table = [], []
+    for prompt in rows.host_tokens:
+        kept = [index for index, token in enumerate(prompt[:-1]) if token not in left_out]
+        counts.append(len(prompt) - 1 - len(kept))
+        behind = range(len(prompt) - 1, rows.capacity)
+        table.append([*kept, *behind, *[rows.capacity - 1] * counts[-1]])
+    if not any(counts):
+        return counts, None
+    return counts, torch.tensor(table, device=rows.tokens_BT.device)
+
+
 def first_layers(model: Any, num_layers: int) -> Any:
     """A model that shares all weights of another and stops after its first layers.
 
     Raises:
         ValueError: If ``num_layers`` is out of range, or the layers cannot be found.
     """
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    text = model.config.get_text_config(decoder=True)
+    depth = text.num_hidden_layers
     if not 1 <= num_layers < depth:
         raise ValueError(f"early exit must be after layer 1 to {depth - 1}, got {num_layers}")
-    stacks = [
-        name
-        for name, module in model.named_modules()
+    # The towers of other modalities have stacks as well.
+    decoder = model if text is model.config else model.get_decoder()
+    layers = [
+        module
+        for module in decoder.modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
+    stacks = [name for name, module in model.named_modules() if any(module is s for s in layers)]
     if len(stacks) != 1:
         raise ValueError(f"{type(model).__name__} has {len(stacks)} stacks of {depth} layers")
     *owners, last = stacks[0].split(".")
@@ -225,6 +284,18 @@ def first_layers(model: Any, num_layers: int) -> Any:
     return shallow
 
 
+def _cut(config: Any, num_layers: int) -> Any:
+    """A copy of a configuration with fewer layers of text."""
+    cut, text = copy.copy(config), config.get_text_config(decoder=True)
+    if text is config:
+        cut.num_hidden_layers = num_layers
+        return cut
+    for name in config.sub_configs:
+        if getattr(config, name, None) is text:
+            setattr(cut, name, _cut(text, num_layers))
+    return cut
+
+
 def _shell(module: Any, num_layers: int) -> Any:
     """A copy of one module object that shares its parameters and children."""
     shell = copy.copy(module)
@@ -232,11 +303,7 @@ def _shell(module: Any, num_layers: int) -> Any:
     shell._modules = dict(module._modules)
     shell.__dict__.pop("_mmspec_compiled_forward", None)
     if hasattr(module, "config"):
-        shell.config = copy.copy(module.config)
-        text = shell.config.get_text_config(decoder=True)
-        if text is not shell.config:
-            raise ValueError("early exit needs a plain text model, got a composite one")
-        shell.config.num_hidden_layers = num_layers
+        shell.config = _cut(module.config, num_layers)
     hooked = shell.__dict__.get("forward")
     if isinstance(hooked, functools.partial) and "_old_forward" in shell.__dict__:
         # accelerate's hooks are bound to the module they were put on; bind them to the copy.

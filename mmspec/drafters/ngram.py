@@ -6,7 +6,7 @@ structures are in `mmspec.drafters.trie` (the rows themselves and earlier output
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mmspec.drafters.drafts import Calibration, Draft, merge
 from mmspec.drafters.plain import root_only
@@ -41,6 +41,7 @@ class NgramDrafter:
         branching: int = 16,
         memory: NgramTrie | None = None,
         corpus: SuffixAutomaton | None = None,
+        placeholders: Collection[int] = (),
     ) -> None:
         """Opens one stream per row.
 
@@ -52,6 +53,8 @@ class NgramDrafter:
                 silent without a match.
             memory: Texts of earlier calls; a fresh trie if None.
             corpus: External texts; where they match longer than the memory, they draft.
+            placeholders: Tokens of a prompt that are not text (an image has hundreds); they are
+                neither matched nor drafted.
 
         Raises:
             ValueError: If a number is out of range.
@@ -63,6 +66,7 @@ class NgramDrafter:
         self._rows = rows
         self._vocab_size = vocab_size
         self._branching = branching
+        self._placeholders = frozenset(placeholders)
         self._streams: list[int] = []
         self._states: list[MatchState] = []
         self._calibration = Calibration()
@@ -70,7 +74,8 @@ class NgramDrafter:
 
     def prefill(self) -> None:
         """Reads the prompts."""
-        for tokens in self._rows.host_tokens:
+        for prompt in self._rows.host_tokens:
+            tokens = [token for token in prompt if token not in self._placeholders]
             stream = self.memory.open_stream()
             self.memory.extend(stream, tokens)
             self._streams.append(stream)

@@ -66,6 +66,37 @@ def test_a_drafter_whose_law_is_the_targets_is_always_accepted_by_rejection(mode
     assert made.stats.acceptance_by_position[0] > 0.999
 
 
+def test_placeholders_are_left_out_of_what_is_read(model):
+    """Every draft is what the smaller model writes behind the prompt without them."""
+    small, hole = tiny_model(num_hidden_layers=1, seed=5), VOCAB - 1
+    short = [[1, 2, 3, 4], [5, 6, 7], [3]]
+    prompts = [[1, hole, hole, 2, 3, 4], [5, 6, 7], [hole, hole, hole, hole, 3]]
+    proposals = []
+
+    def make(target, rows, law):
+        drafter = ModelDrafter(small, rows, target.vocab_size, law, placeholders=(hole,))
+        propose = drafter.propose
+
+        def watched(plan):
+            before = [rows.new_tokens(row) for row in range(3)]
+            proposal = propose(plan)
+            proposals.append((before, proposal.tokens_BN))
+            return proposal
+
+        drafter.propose = watched
+        return drafter
+
+    made = make_engine(make_rows(prompts, [12] * 3), model, make, width=4).run()
+    assert made.units == make_engine(make_rows(prompts, [12] * 3), model).run().units
+    drafted = [proposal for proposal in proposals if proposal[1].shape[1] == 4]
+    assert len(drafted) > 4
+    for before, tokens_BN in drafted[:5]:
+        for prompt, new, chain in zip(short, before, tokens_BN, strict=True):
+            ids = torch.tensor([prompt + new])
+            written = small.generate(ids, max_new_tokens=3, do_sample=False)[0, -3:]
+            assert torch.equal(written, chain[1:])
+
+
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_early_exit_shares_weights_and_stops_early(num_layers):
     model = tiny_model(num_hidden_layers=4)

@@ -54,6 +54,21 @@ def test_free_nodes_are_all_taken(most):
     assert width(drafter, most, dict.fromkeys((2, 4, 8, 16, 20), 0.0)) == most
 
 
+def test_placeholders_are_not_drafted():
+    """What follows the match is text, though an image stands between."""
+    image = 50
+    prompt = [1, 2, 3, *[image] * 20, 4, 5, 6, 1, 2, 3]
+    proposals = []
+    for placeholders in ((), (image,)):
+        drafter, _ = drafter_of(prompt, branching=1, placeholders=placeholders)
+        proposals.append(drafter.propose(Plan(width=4, prices=dict.fromkeys((2, 4), 0.0))))
+    assert [proposal.tokens_BN[0].tolist() for proposal in proposals] == [
+        [3, image, image, image],
+        [3, 4, 5, 6],
+    ]
+    drafter_of([image, image], placeholders=(image,))
+
+
 def test_a_step_is_as_wide_as_pays():
     drafter, _ = drafter_of(COPY)
     assert width(drafter, 16, {2: 0.0, 4: 0.01, 8: 9.0, 16: 9.0}) == 4

@@ -1,0 +1,162 @@
+"""Real processors for the models of `vlm`, with a tokenizer of one token per letter."""
+
+from typing import Any
+
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from vlm import TOWER
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,:;!?-0123456789\n'()+="
+#: In the order of their ids behind the letters, those of `vlm.SPECIAL` first.
+SPECIAL = [
+    "<image>",
+    "<start>",
+    "<stop>",
+    "<video>",
+    "<user>",
+    "<bot>",
+    "<end>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    "<pad>",
+]
+#: What processors ask their tokenizer for.
+NAMED = {
+    "image_token": "<image>",
+    "context_image_token": "<image>",
+    "boi_token": "<start>",
+    "eoi_token": "<stop>",
+    "start_image_token": "<start>",
+    "end_image_token": "<stop>",
+    "video_token": "<video>",
+}
+TEMPLATE = (
+    "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<bot>' }}"
+    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}"
+    "{% endfor %}<end>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+SIDE = TOWER["image_size"]
+SQUARE = {"height": SIDE, "width": SIDE}
+GRID = {"patch_size": 2, "merge_size": 2}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter."""
+    vocab = {token: index for index, token in enumerate([*LETTERS, *SPECIAL])}
+    letters = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    letters.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=letters,
+        pad_token="<pad>",
+        eos_token="<end>",
+        extra_special_tokens=NAMED,
+    )
+    made.add_tokens(SPECIAL, special_tokens=True)
+    return made
+
+
+def llava() -> Any:
+    return transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE),
+        tokenizer(),
+        patch_size=TOWER["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+def llava_onevision() -> Any:
+    return transformers.LlavaOnevisionProcessor(
+        transformers.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=[[SIDE, SIDE]]),
+        tokenizer(),
+        transformers.LlavaOnevisionVideoProcessor(),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+    )
+
+
+def idefics3() -> Any:
+    edge = {"longest_edge": SIDE}
+    pictures = transformers.Idefics3ImageProcessor(
+        size=edge, max_image_size=edge, do_image_splitting=False
+    )
+    return transformers.Idefics3Processor(
+        pictures, tokenizer(), image_seq_len=4, chat_template=TEMPLATE
+    )
+
+
+def gemma3() -> Any:
+    return transformers.Gemma3Processor(
+        transformers.Gemma3ImageProcessor(size=SQUARE),
+        tokenizer(),
+        image_seq_length=4,
+        chat_template=TEMPLATE.replace("<image>", "<start>"),
+    )
+
+
+def paligemma() -> Any:
+    pictures = transformers.SiglipImageProcessor(size=SQUARE)
+    pictures.image_seq_length = 4
+    letters = tokenizer()
+    letters.bos_token = "a"
+    return transformers.PaliGemmaProcessor(pictures, letters, chat_template=TEMPLATE)
+
+
+def internvl() -> Any:
+    return transformers.InternVLProcessor(
+        transformers.GotOcr2ImageProcessor(size=SQUARE),
+        tokenizer(),
+        transformers.InternVLVideoProcessor(size=SQUARE),
+        image_seq_length=4,
+        chat_template=TEMPLATE,
+    )
+
+
+def qwen(name: str) -> Any:
+    """A processor of the Qwen-VL line."""
+
+    def build() -> Any:
+        pictures = transformers.Qwen2VLImageProcessor(
+            **GRID, temporal_patch_size=2, min_pixels=16, max_pixels=96
+        )
+        return getattr(transformers, name)(
+            pictures, tokenizer(), transformers.Qwen2VLVideoProcessor(), chat_template=TEMPLATE
+        )
+
+    return build
+
+
+def glm_ocr() -> Any:
+    pictures = transformers.Glm46VImageProcessor(
+        **GRID, temporal_patch_size=2, size={"shortest_edge": 16, "longest_edge": 192}
+    )
+    return transformers.Glm46VProcessor(
+        pictures, tokenizer(), transformers.Glm46VVideoProcessor(), chat_template=TEMPLATE
+    )
+
+
+def paddleocr_vl() -> Any:
+    pictures = transformers.PaddleOCRVLImageProcessor(
+        **GRID, size={"shortest_edge": 16, "longest_edge": 96}
+    )
+    return transformers.PaddleOCRVLProcessor(pictures, tokenizer(), chat_template=TEMPLATE)
+
+
+PROCESSORS = {
+    "gemma3": gemma3,
+    "glm_ocr": glm_ocr,
+    "idefics3": idefics3,
+    "internvl": internvl,
+    "llava": llava,
+    "llava_onevision": llava_onevision,
+    "paddleocr_vl": paddleocr_vl,
+    "paligemma": paligemma,
+    "qwen2_5_vl": qwen("Qwen2_5_VLProcessor"),
+    "qwen2_vl": qwen("Qwen2VLProcessor"),
+    "qwen3_vl": qwen("Qwen3VLProcessor"),
+}
