@@ -153,7 +153,7 @@ class Guidance:
         if not self.is_on:
             return logits
         conditional, negative = logits.chunk(2)
-        return negative + self.scale * (conditional - negative)
+        return (conditional - negative).mul_(self.scale).add_(negative)
 
     def commit(self, cache: SlotCache, proposal: Proposal, verdict: Verdict) -> Outcome:
         """Appends the survivors; of a tree, moves only the accepted path, in both halves."""

@@ -90,6 +90,7 @@ class JacobiDrafter:
         self._guesses_BR: Tensor | None = None
         self._settled_BR: Tensor | None = None
         self._known_B = rows.lengths_B.clone()  # laws are known for positions below this
+        self._host_known = [len(tokens) for tokens in rows.host_tokens]  # the same on the host
         self._row_B1 = torch.arange(rows.num_rows, device=rows.lengths_B.device)[:, None]
 
     def prefill(self) -> None:
@@ -104,7 +105,9 @@ class JacobiDrafter:
             return root_only(rows)
         ahead = torch.arange(1, width, device=rows.lengths_B.device)
         position = rows.lengths_B[:, None] - 1 + ahead
-        guesses, laws = self._guesses_at(position)
+        # Rules that compare tokens need no laws, and only new positions have none to guess by.
+        num_known = 0 if self._keep_laws else self._num_known(width - 1)
+        guesses, laws = self._guesses_at(position, num_known)
         drafts = None
         if self._keep_laws:
             # The law of a child is stored at its parent; the last node has no child.
@@ -139,19 +142,37 @@ class JacobiDrafter:
             self._settled_BR[self._row_B1, slot] = verdict.settled_BN
         # Guesses behind a narrow step stay: they are older, but better than a neighbour's.
         self._known_B = torch.maximum(self._known_B, scores.positions_BN.amax(1) + 2)
+        for row, tokens in enumerate(self._rows.host_tokens):
+            root = len(tokens) - len(outcome.new_units[row]) - 1
+            last = min(root + laws.shape[1] - 1, self._rows.host_limits[row] - 1)
+            self._host_known[row] = max(self._host_known[row], last + 2)
 
-    def _guesses_at(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Guess and law for each position: stored where known, a neighbour's where new."""
-        is_known = position < self._known_B[:, None]
+    def _num_known(self, num_ahead: int) -> int:
+        """How many of the next positions have a guess in every row that goes on."""
+        rows = self._rows
+        known = (self._host_known[row] - len(rows.host_tokens[row]) for row in rows.active)
+        return max(min(num_ahead, *known), 0)
+
+    def _guesses_at(self, position: Tensor, num_known: int) -> tuple[Tensor, Tensor]:
+        """Guess and law for each position: stored where known, a neighbour's where new.
+
+        Args:
+            position: Positions ``[B, N]`` behind the rows' ends.
+            num_known: How many of the first ones are known in all rows; their laws are left out.
+        """
         stored = self._guesses_BR[self._row_B1, position % self._ring]  # type: ignore[index]
+        known, stored = stored[:, :num_known], stored[:, num_known:]
+        position = position[:, num_known:]
+        is_known = position < self._known_B[:, None]
         laws = self._laws_at(torch.where(is_known, position, self._neighbour(position)))
         if self._init != "above" and self._stride is not None:
             laws = torch.where(is_known[..., None], laws, self._mixed(laws))
         if self._allowed is not None:
             # Stored laws are cut already, and stay as they are.
             laws = self._allowed.restricted(laws, position, self._rows.prompt_lengths_B)
-        drawn = sample(laws, None if self._is_greedy else self._noise(position))
-        return torch.where(is_known, stored, drawn), laws
+        drawn = sample(laws, None if self._is_greedy else self._noise(position, num_known))
+        guesses = torch.where(is_known, stored, drawn)
+        return torch.cat([known, guesses], dim=1), laws
 
     def _laws_at(self, position: Tensor) -> Tensor:
         return self._laws_BRV[self._row_B1, position % self._ring]  # type: ignore[index]
@@ -169,9 +190,9 @@ class JacobiDrafter:
             return (above.exp() + left.exp() - corner).clamp(min=1e-4).log()
         return torch.logaddexp(above, left)
 
-    def _noise(self, position: Tensor) -> Tensor:
+    def _noise(self, position: Tensor, offset: int) -> Tensor:
         if self._shared_noise:
-            return self._rows.choice_noise(position.shape[1], self._vocab_size)
+            return self._rows.choice_noise(position.shape[1], self._vocab_size, offset)
         step = self._rows.step + 1
         return gumbel(self._rows.keys_B, position, self._vocab_size, Salt.DRAFT, step)
 

@@ -93,7 +93,10 @@ def test_ended_rows_draft_nothing():
     scores = Scores(
         logits_BNV=torch.zeros(2, 1, V), positions_BN=torch.ones(2, 1).long(), forward_time_s=0.0
     )
-    drafter.commit(None, scores, run, None)
+    kept = Outcome(
+        new_units=([], []), num_accepted=(0, 0), done=(True, False), was_active=(True, True)
+    )
+    drafter.commit(None, scores, run, kept)
     rows.host_done[0] = True
     proposal = drafter.propose(Plan(width=4))
     assert proposal.num_drafted == (0, 3)
