@@ -287,7 +287,8 @@ def _image_tasks(config: Config, pipe: SpeculativeImagePipeline) -> list[Task]:
                 seed=config.seed + repeat,
             ),
             family_model.language_model,
-            [family_model.generation_head],
+            # Codes pass the aligner on their way in, in transformers' own loop as well.
+            [family_model.generation_aligner, family_model.generation_head],
         )
 
     def warm_up() -> None:

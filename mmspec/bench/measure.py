@@ -127,7 +127,7 @@ class ForwardMeter:
 
         Args:
             model: A transformers model; its own ``forward`` is counted, not that of its parts.
-            heads: Modules that run after the model; clocked, not counted.
+            heads: Modules that run before or after the model; clocked, not counted.
             exact_clock: Wait for the device around each forward.
         """
         self._model = model
