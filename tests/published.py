@@ -44,7 +44,7 @@ class BatchMinimum(IndependentRedraft):
     def verify(self, proposal, scores):
         made = IndependentRedraft.verify(self, proposal, scores)
         # A row that has ended waits for nobody, and nobody for it.
-        own_B = torch.where(self.rows.done_B, proposal.width, made.num_accepted_B)
+        own_B = torch.where(self.rows.room_B == 0, proposal.width, made.num_accepted_B)
         least_B = own_B.view(-1, 2).amin(1).repeat_interleave(2)
         least_B = torch.minimum(least_B, made.num_accepted_B)
         return type(made)(
