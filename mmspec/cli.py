@@ -249,7 +249,7 @@ def image(
         str,
         typer.Option(
             help="exact; coupled or sjd (same law, other images); sequential (plain); "
-            "lossy-grouped or lossy-rows (another law)."
+            "jacobi-denoise (fine-tuned models); lossy-grouped or lossy-rows (another law)."
         ),
     ] = "exact",
     window: Annotated[

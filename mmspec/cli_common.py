@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 KNOWN_TEXT_MODELS = "smollm2, a folder, or a hub id OWNER/NAME"
-KNOWN_IMAGE_MODELS = "bundled:avatars, a folder, or a hub id OWNER/NAME"
+KNOWN_IMAGE_MODELS = (
+    "bundled:avatars, bundled:avatars-denoise, bundled:emoji, a folder, or a hub id OWNER/NAME"
+)
 
 
 def examples(*lines: str) -> str:

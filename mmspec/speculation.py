@@ -53,7 +53,7 @@ _STEP_COSTS: WeakKeyDictionary[Any, dict[tuple[int, bool], Mapping[int, Sequence
 #: Rules that ask something of the drafts; rules not named here take any drafter.
 RULE_DRAFTERS = {
     # Lawful in a Jacobi window too, but positions behind the block are redrawn uncoupled there.
-    "block": tuple(sorted(set(TABLE) - {"jacobi"})),
+    "block": tuple(sorted(set(TABLE) - {"denoise", "jacobi"})),
     # Redraw the whole window in every step.
     "coupled": ("jacobi",),
     "sjd": ("jacobi",),

@@ -82,6 +82,11 @@ def build_drafter(
     module, class_name = TABLE[name]
     cls = getattr(importlib.import_module(module), class_name)
     vocab_size = target.vocab_size
+    if name == "denoise" and "denoiser" not in options:
+        raise ValueError(
+            "the 'denoise' drafter needs the denoiser of a fine-tuned image model; use "
+            "decoder='jacobi-denoise' of SpeculativeImagePipeline"
+        )
     extras: PromptExtras | None = getattr(target, "extras", None)
     placeholders = () if extras is None else extras.placeholders
     arguments: tuple[Any, ...] = (rows, vocab_size)

@@ -1,12 +1,18 @@
 """What a Jacobi window remembers, forgets, and hands on."""
 
+import types
+
 import pytest
 import torch
 from tiny import VOCAB, make_engine, make_rows, tiny_model
 from toys import random_table, run_toy, toy_rows
 
+from mmspec.drafters import build_drafter
 from mmspec.drafters.jacobi import JacobiDrafter, default_window
+from mmspec.law_config import LawConfig
 from mmspec.records import Outcome, Plan, Scores, Verdict
+from mmspec.sampling import build_law
+from mmspec.speculation import Settings
 
 V = 5
 
@@ -131,3 +137,19 @@ def test_options():
     assert [default_window(n) for n in (16, 256, 576, 1024, 4096)] == [8, 32, 64, 64, 64]
     assert [default_window(256, rows) for rows in (1, 4, 8, 16, 64)] == [32, 16, 8, 8, 8]
     assert default_window(256) == 32
+
+
+def test_noise_in_the_window_is_refused_without_a_denoiser():
+    rows = toy_rows(1, 4, seed=0)
+    target = types.SimpleNamespace(vocab_size=V)
+    with pytest.raises(ValueError, match="needs the denoiser of a fine-tuned image model"):
+        build_drafter(
+            "denoise",
+            target=target,
+            rows=rows,
+            law=build_law(LawConfig()),
+            max_width=8,
+            shared_noise=True,
+        )
+    with pytest.raises(ValueError, match="rule 'block' works with"):
+        Settings(drafter="denoise", rule="block")
