@@ -75,12 +75,18 @@ class PromptExtras:
     Attributes:
         inputs: More inputs of the forward that reads the prompts, as the model's ``forward`` names
             them; those with a value per token are padded on the right.
+        part: The same for a forward that reads a part of each prompt, from the index of its first
+            token and the number of its tokens, per row; None where there are no more inputs.
+        wholes: Spans of tokens, first and end, that see each other whole, per row; no forward may
+            read a part of one. Empty where all attention is causal.
         place: As in `SlotForward`.
         placeholders: Token ids that stand for something else than text.
         seen_by: What the same prompts have for another model; None where that is not known.
     """
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    part: Callable[[Sequence[int], Sequence[int]], Mapping[str, Any]] | None = None
+    wholes: Sequence[Sequence[tuple[int, int]]] = ()
     place: Callable[[Tensor], Tensor] | None = None
     placeholders: Collection[int] = ()
     seen_by: Callable[[Any], "PromptExtras"] | None = None
@@ -140,6 +146,7 @@ class SlotForward:
         num_cached: Sequence[int],
         counts: Sequence[int],
         rows: Sequence[int] | None = None,
+        wholes: Sequence[Sequence[tuple[int, int]]] = (),
     ) -> Tensor:
         """Feeds a right-padded chunk of tokens behind what each row has cached.
 
@@ -150,6 +157,8 @@ class SlotForward:
             num_cached: Tokens each row has cached.
             counts: Tokens of the chunk that count, at least one per row.
             rows: As in `run`.
+            wholes: As in `PromptExtras`. From an empty cache the model builds its own mask, and
+                must be told of them by its own inputs.
 
         Returns:
             What the model says behind each row's last token: logits ``[B, 1, V]``, or the hidden
@@ -166,7 +175,7 @@ class SlotForward:
             cached_B=cached_B,
             host_cached=num_cached,
             depth_BN=node.expand(num_rows, -1),
-            ancestors_BNN=(node[:, None] >= node).expand(num_rows, -1, -1),
+            ancestors_BNN=_seen(node, num_cached, wholes).expand(num_rows, -1, -1),
             positions_BN=cached_B[:, None] + node,
             is_chain=True,
             keep=self._kept(last_R, chunk.device) if num_nodes > 1 else None,
@@ -286,6 +295,21 @@ class SlotForward:
             # Not every model with layers of one kind takes masks by kind.
             return build(windows[self._layer_types[0]])
         return {kind: build(windows[kind]) for kind in self._layer_types}
+
+
+def _seen(
+    node: Tensor, num_cached: Sequence[int], wholes: Sequence[Sequence[tuple[int, int]]]
+) -> Tensor:
+    """Which nodes of a chunk each one sees: those before it, and those of its own span."""
+    causal_NN = node[:, None] >= node
+    if not any(wholes):
+        return causal_NN
+    # Numbers of spans; tokens outside of all are given numbers that no other token has.
+    span_BN = torch.stack([-1 - node] * len(num_cached))
+    for row, (cached, spans) in enumerate(zip(num_cached, wholes, strict=True)):
+        for number, (first, end) in enumerate(spans):
+            span_BN[row, max(first - cached, 0) : max(end - cached, 0)] = number
+    return causal_NN | (span_BN[:, :, None] == span_BN[:, None])
 
 
 def _at_last(states: Tensor, last_R: Tensor) -> Tensor:

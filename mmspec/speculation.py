@@ -25,7 +25,7 @@ from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.adapters.guidance import Guidance
 from mmspec.adapters.guided_lm import GuidedTarget, guidance_of, split_guidance
 from mmspec.adapters.kv_exchange import export_cache, import_prefix
-from mmspec.adapters.lockstep import Lockstep, sort_criteria
+from mmspec.adapters.lockstep import Lockstep, sort_criteria, token_mask
 from mmspec.adapters.processors import Layout, checked_stateless, law_from_processors
 from mmspec.cache import SlotCache
 from mmspec.checks import is_integer, require, require_generator, require_known
@@ -144,6 +144,7 @@ def build_engine(
     num_cached: Sequence[int] | None = None,
     extras: PromptExtras | None = None,
     guidance: Guidance | None = None,
+    prefill_chunk_size: int | None = None,
 ) -> Engine:
     """Wires target, drafter, rule and schedule for token rows; runs nothing.
 
@@ -155,20 +156,27 @@ def build_engine(
         cache: As in `CausalTarget`.
         num_cached: As in `CausalTarget`.
         extras: As in `CausalTarget`.
-        guidance: Classifier-free guidance of these rows; not together with ``cache`` or
-            ``extras``.
+        guidance: Classifier-free guidance of these rows; not together with ``cache``, ``extras``
+            or ``prefill_chunk_size``.
+        prefill_chunk_size: As in `CausalTarget`.
 
     Raises:
-        ValueError: If the model is not supported, a row does not fit its context, or the drafter
-            does not take its options or does not work with guidance.
+        ValueError: If the model is not supported, a row does not fit its context, its prompt
+            cannot be cut, or the drafter does not take its options or does not work with guidance.
     """
     target: Any
     if guidance is not None:
-        _check_guided(settings, cache, extras)
+        _check_guided(settings, cache, extras, prefill_chunk_size)
         target = GuidedTarget(model, guidance, compile=settings.compile)
     else:
         target = CausalTarget(
-            model, rows, compile=settings.compile, cache=cache, num_cached=num_cached, extras=extras
+            model,
+            rows,
+            compile=settings.compile,
+            cache=cache,
+            num_cached=num_cached,
+            extras=extras,
+            prefill_chunk_size=prefill_chunk_size,
         )
     drafter = build_drafter(
         settings.fitting_drafter,
@@ -184,7 +192,12 @@ def build_engine(
     return Engine(target, drafter, rule, schedule)
 
 
-def _check_guided(settings: Settings, cache: SlotCache | None, extras: PromptExtras | None) -> None:
+def _check_guided(
+    settings: Settings,
+    cache: SlotCache | None,
+    extras: PromptExtras | None,
+    prefill_chunk_size: int | None,
+) -> None:
     """Refuses what has no second half."""
     if parse_spec(settings.drafter)[0] == "early_exit":
         raise ValueError(
@@ -198,6 +211,11 @@ def _check_guided(settings: Settings, cache: SlotCache | None, extras: PromptExt
         )
     if extras is not None:
         raise ValueError("guidance_scale is not supported for models that read images")
+    if prefill_chunk_size is not None:
+        raise ValueError(
+            f"prefill_chunk_size={prefill_chunk_size} cannot be combined with guidance_scale, "
+            "which reads two prompts per row"
+        )
 
 
 def _schedule(
@@ -322,7 +340,7 @@ class Speculation:
         dropped = _dropped_by_generate()
         streamer = streamer if streamer is not None else dropped.get("streamer")
         _check_mode(model, generation_config, {"synced_gpus": synced_gpus, **dropped}, model_kwargs)
-        is_token_BP = _token_mask(input_ids, model_kwargs)
+        is_token_BP = token_mask(input_ids, model_kwargs)
         layout = Layout(
             prompt_ids_BP=input_ids,
             is_token_BP=is_token_BP,
@@ -357,6 +375,7 @@ class Speculation:
             num_cached=num_cached,
             extras=_extras(model, rows, model_kwargs, is_token_BP, dropped),
             guidance=None if guide is None else guidance_of(guide, model, rows),
+            prefill_chunk_size=generation_config.prefill_chunk_size,
         )
         result = engine.run(lambda record, outcome: lockstep.advance(rows))
         self.stats, self.row_stats = result.stats, result.row_stats
@@ -403,10 +422,9 @@ def _check_mode(
         )
     if dropped.get("synced_gpus"):
         raise ValueError("synced_gpus=True (ZeRO-3, FSDP) is not supported by speculate()")
-    if config.prefill_chunk_size is not None:
-        raise ValueError(
-            f"prefill_chunk_size={config.prefill_chunk_size} is not supported by speculate()"
-        )
+    chunk = config.prefill_chunk_size
+    is_chunk = chunk is None or (is_integer(chunk) and chunk >= 1)
+    require(is_chunk, "prefill_chunk_size", "None or an integer >= 1", chunk)
     if config.return_dict_in_generate:
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(config, name):
@@ -445,36 +463,6 @@ def _extras(
 
 def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and not value)
-
-
-def _token_mask(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
-    """Which columns of the prompts are tokens, bool ``[B, P]``.
-
-    Raises:
-        ValueError: If the mask or the position ids are not those of left-padded whole prompts.
-    """
-    mask = model_kwargs.get("attention_mask")
-    positions = model_kwargs.get("position_ids")
-    for name, given in (("attention_mask", mask), ("position_ids", positions)):
-        # `generate` drops a mask of ones, so the positions may be all that is left of it.
-        if given is not None and given.shape[-1] != input_ids.shape[1]:
-            raise ValueError(
-                f"{name} has {given.shape[-1]} columns and input_ids {input_ids.shape[1]}; "
-                "with reused past_key_values, pass the whole input_ids, cached part included"
-            )
-    is_token = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device)
-    is_token = is_token != 0
-    if not bool(is_token[:, -1].all()):
-        raise ValueError("prompts must be padded on the left; a row of attention_mask ends in 0")
-    if positions is not None:
-        expected = is_token.long().cumsum(1) - 1
-        if positions.ndim == 3:
-            # The first of four axes counts tokens, the others place them in images. A single one
-            # starts from what the model remembers of its last request: it says nothing of this one.
-            positions = {4: positions[0], 1: expected}.get(len(positions), positions)
-        if not bool((positions.to(expected.device) == expected)[..., is_token].all()):
-            raise ValueError("position_ids must count each row's tokens from 0; others are given")
-    return is_token
 
 
 # --------------------------------------------------------------------------- reused caches

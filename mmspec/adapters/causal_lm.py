@@ -4,7 +4,7 @@ Every family that transformers loads with a plain or sliding key/value cache.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class CausalTarget:
         cache: SlotCache | None = None,
         num_cached: Sequence[int] | None = None,
         extras: PromptExtras | None = None,
+        prefill_chunk_size: int | None = None,
     ) -> None:
         """Wraps a model.
 
@@ -46,13 +47,17 @@ class CausalTarget:
                 rows.
             num_cached: Tokens that each row has in ``cache``.
             extras: What the prompts have besides token ids.
+            prefill_chunk_size: Most tokens of a row that one forward reads of its prompt; None is
+                all of them.
 
         Raises:
-            ValueError: If the model is not supported or a row does not fit its context.
+            ValueError: If the model is not supported, a row does not fit its context, or the
+                prompts cannot be cut.
         """
         check_fits(model, rows)
         self.rows = rows
         self.extras = extras or PromptExtras()
+        self._parts = list(prompt_parts(rows, num_cached, prefill_chunk_size, self.extras.wholes))
         if cache is not None:
             cache.reserve(rows.capacity)
         self.forward = SlotForward(
@@ -64,7 +69,6 @@ class CausalTarget:
             place=self.extras.place,
         )
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
-        self._num_cached = list(num_cached or [0] * rows.num_rows)
         self._first_logits: Tensor | None = None
 
     @property
@@ -74,9 +78,8 @@ class CausalTarget:
 
     def prefill(self) -> None:
         """Caches every prompt and keeps the logits behind it, which answer a first plain step."""
-        self._first_logits = prefill_rows(
-            self.forward, self.rows, self._num_cached, self.extras.inputs
-        )
+        for starts, counts in self._parts:
+            self._first_logits = read_part(self.forward, self.rows, starts, counts, self.extras)
 
     def score(self, proposal: Proposal) -> Scores:
         """One forward over the drafts of the rows that go on; none for a plain first step."""
@@ -109,32 +112,93 @@ class CausalTarget:
         return commit_rows(self.forward.cache, self.rows, proposal, verdict)
 
 
-def prefill_rows(
+def prompt_parts(
+    rows: TokenRows,
+    num_cached: Sequence[int] | None,
+    chunk_size: int | None,
+    wholes: Sequence[Sequence[tuple[int, int]]] = (),
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The parts in which forwards read the prompts, the roots included.
+
+    All rows are fed by every forward. A row that has been read feeds its root again, which writes
+    what is there already; so the last forward answers for every row.
+
+    Args:
+        rows: The rows.
+        num_cached: Tokens of each row in the cache; None is none.
+        chunk_size: Most tokens of a row in a part; None is all.
+        wholes: As in `PromptExtras`; a part ends before a span that it cannot hold.
+
+    Yields:
+        The first token of each row's part, and the number of its tokens.
+
+    Raises:
+        ValueError: If a span alone is longer than a part.
+
+    Example:
+        Prompts of 5 and 2 tokens in chunks of 3: ``[0, 0], [3, 2]`` and ``[3, 1], [2, 1]``.
+    """
+    lengths = [len(tokens) for tokens in rows.host_tokens]
+    starts = list(num_cached or [0] * len(lengths))
+    spans = wholes or [()] * len(lengths)
+    while True:
+        # The root is fed again where it is cached: its logits are wanted.
+        starts = [min(n, length - 1) for n, length in zip(starts, lengths, strict=True)]
+        ends = [
+            _border(start, length, chunk_size, own)
+            for start, length, own in zip(starts, lengths, spans, strict=True)
+        ]
+        yield starts, [end - start for start, end in zip(starts, ends, strict=True)]
+        if ends == lengths:
+            return
+        starts = ends
+
+
+def _border(
+    start: int, length: int, chunk_size: int | None, spans: Sequence[tuple[int, int]]
+) -> int:
+    """Where a row's part ends that starts here."""
+    end = length if chunk_size is None else min(length, start + chunk_size)
+    for first, behind in spans:
+        if first < end < behind:
+            if first <= start:
+                raise ValueError(
+                    f"prefill_chunk_size={chunk_size} would cut tokens {first} to {behind - 1} of "
+                    "a prompt, which see each other whole; it must be at least "
+                    f"{behind - first}, or None"
+                )
+            end = first
+    return end
+
+
+def read_part(
     forward: SlotForward,
     rows: TokenRows,
-    num_cached: Sequence[int],
-    more: Mapping[str, Any] | None = None,
+    starts: Sequence[int],
+    counts: Sequence[int],
+    extras: PromptExtras,
 ) -> Tensor:
-    """Caches the committed tokens that are not cached yet, the root included.
+    """Caches a part of every prompt.
 
     Args:
         forward: The model on its slot cache.
         rows: The rows.
-        num_cached: Tokens of each row in the cache.
-        more: Other inputs of the model.
+        starts: First token of each row's part; all before it are cached.
+        counts: Tokens of each row's part.
+        extras: What the prompts have besides token ids.
 
     Returns:
-        The logits behind each root, ``[B, 1, V]``.
+        The logits behind each part, ``[B, 1, V]``.
     """
-    lengths = [len(tokens) for tokens in rows.host_tokens]
-    # The root is fed again where it is cached: its logits are wanted.
-    num_cached = [min(n, length - 1) for n, length in zip(num_cached, lengths, strict=True)]
-    counts = [length - n for n, length in zip(num_cached, lengths, strict=True)]
     device = rows.tokens_BT.device
-    cached_B = torch.tensor(num_cached, device=device)
-    columns = cached_B[:, None] + torch.arange(max(counts), device=device)
-    tokens = rows.tokens_BT.gather(1, columns.clamp(max=rows.capacity - 1))
-    return as_law_dtype(forward.extend({"input_ids": tokens, **(more or {})}, num_cached, counts))
+    node = torch.arange(max(counts), device=device)
+    columns_BN = torch.tensor(starts, device=device)[:, None] + node
+    tokens_BN = rows.tokens_BT.gather(1, columns_BN.clamp(max=rows.capacity - 1))
+    # What a part leaves for later may be placeholders, whose features are not there yet.
+    tokens_BN = tokens_BN * (node < torch.tensor(counts, device=device)[:, None])
+    more = extras.part(starts, counts) if extras.part is not None else {}
+    logits = forward.extend({"input_ids": tokens_BN, **more}, starts, counts, wholes=extras.wholes)
+    return as_law_dtype(logits)
 
 
 def commit_rows(cache: SlotCache, rows: TokenRows, proposal: Proposal, verdict: Verdict) -> Outcome:
@@ -176,6 +240,6 @@ __all__ = [
     "CausalTarget",
     "check_fits",
     "commit_rows",
-    "prefill_rows",
+    "prompt_parts",
     "text_device",
 ]

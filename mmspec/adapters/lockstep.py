@@ -7,7 +7,7 @@ exactly what `generate` shows them and the output is cut exactly where `generate
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,40 @@ def sort_criteria(criteria: Sequence[Any]) -> Ends:
         pads_ended_rows=any(hasattr(criterion, "eos_token_id") for criterion in criteria),
         custom=custom,
     )
+
+
+def token_mask(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> Tensor:
+    """Which columns of the prompts are tokens, bool ``[B, P]``.
+
+    Args:
+        input_ids: The prompts, ``[B, P]``.
+        model_kwargs: What `generate` passes on.
+
+    Raises:
+        ValueError: If the mask or the position ids are not those of left-padded whole prompts.
+    """
+    mask = model_kwargs.get("attention_mask")
+    positions = model_kwargs.get("position_ids")
+    for name, given in (("attention_mask", mask), ("position_ids", positions)):
+        # `generate` drops a mask of ones, so the positions may be all that is left of it.
+        if given is not None and given.shape[-1] != input_ids.shape[1]:
+            raise ValueError(
+                f"{name} has {given.shape[-1]} columns and input_ids {input_ids.shape[1]}; "
+                "with reused past_key_values, pass the whole input_ids, cached part included"
+            )
+    is_token = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device)
+    is_token = is_token != 0
+    if not bool(is_token[:, -1].all()):
+        raise ValueError("prompts must be padded on the left; a row of attention_mask ends in 0")
+    if positions is not None:
+        expected = is_token.long().cumsum(1) - 1
+        if positions.ndim == 3:
+            # The first of four axes counts tokens, the others place them in images. A single one
+            # starts from what the model remembers of its last request: it says nothing of this one.
+            positions = {4: positions[0], 1: expected}.get(len(positions), positions)
+        if not bool((positions.to(expected.device) == expected)[..., is_token].all()):
+            raise ValueError("position_ids must count each row's tokens from 0; others are given")
+    return is_token
 
 
 class Lockstep:

@@ -9,7 +9,8 @@ Shape suffixes as in `mmspec.records`, and
     A  axes of a position: 1, or time, height, width     P  columns of the padded prompts
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mmspec.adapters.image_features import PIXELS, Features, cutter
 from mmspec.forward import PromptExtras
 from mmspec.rows import TokenRows
 
@@ -30,35 +32,43 @@ class VisionLanguageFamily:
             it; None where the family has no such input because all attention is causal.
         first_position: Position of a row's first token.
         has_axes: Positions have axes (M-RoPE), and an image takes fewer of them than tokens.
+        videos: Where videos come from: "own" pixels, "images" where their frames are read as
+            images are, None where the family has none.
+        video_token: Name in the config of the token that stands for a feature of a video.
     """
 
     causal_type: int | None = None
     first_position: int = 0
     has_axes: bool = False
+    videos: str | None = None
+    video_token: str = "video_token_id"
 
 
 #: Model type in transformers -> family.
 FAMILIES = {
     # The tokens of an image see each other.
     "gemma3": VisionLanguageFamily(causal_type=0),
-    "glm_ocr": VisionLanguageFamily(has_axes=True),
+    # Frames of a video stand as images do, with the same token.
+    "glm_ocr": VisionLanguageFamily(has_axes=True, videos="own", video_token="image_token_id"),
     "got_ocr2": VisionLanguageFamily(),
     "idefics3": VisionLanguageFamily(),
-    "internvl": VisionLanguageFamily(),
+    "internvl": VisionLanguageFamily(videos="images"),
     "llava": VisionLanguageFamily(),
-    "llava_onevision": VisionLanguageFamily(),
+    "llava_onevision": VisionLanguageFamily(videos="own"),
     "paddleocr_vl": VisionLanguageFamily(has_axes=True),
     # The whole prompt sees itself.
     "paligemma": VisionLanguageFamily(causal_type=1, first_position=1),
-    "qwen2_5_vl": VisionLanguageFamily(has_axes=True),
-    "qwen2_vl": VisionLanguageFamily(has_axes=True),
-    "qwen3_vl": VisionLanguageFamily(has_axes=True),
-    "smolvlm": VisionLanguageFamily(),
+    "qwen2_5_vl": VisionLanguageFamily(has_axes=True, videos="own"),
+    "qwen2_vl": VisionLanguageFamily(has_axes=True, videos="own"),
+    "qwen3_vl": VisionLanguageFamily(has_axes=True, videos="own"),
+    "smolvlm": VisionLanguageFamily(videos="images"),
 }
 
 #: What `generate` passes on for these models besides the inputs of a plain decoder. It runs the
 #: vision tower itself and hands over what comes out.
-GENERATE_INPUTS = frozenset({"mm_encoder_outputs", "mm_token_type_ids", "token_type_ids"})
+GENERATE_INPUTS = frozenset(
+    {"mm_encoder_outputs", "mm_token_type_ids", "second_per_grid_ts", "token_type_ids"}
+)
 
 
 def extras_in_generate(
@@ -78,31 +88,70 @@ def extras_in_generate(
         given: What `generate` was given.
 
     Raises:
-        ValueError: On videos, on layers that cannot be given masks, or on images together with a
-            cache that does not say where they are.
+        ValueError: On layers that cannot be given masks, on images and videos that cannot be told
+            apart, or on images together with a cache that does not say where they are.
     """
     family = FAMILIES[model.config.model_type]
-    name = type(model).__name__
     encoded = inputs.get("mm_encoder_outputs") or {}
-    features = {key: value for key, value in encoded.items() if value is not None}
-    if "video" in features:
-        raise ValueError(f"videos are not supported for {name}; pass their frames as images")
-    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    if model.config.model_type == "paligemma" and len(kinds) > 1:
-        raise ValueError(f"{name} with {', '.join(sorted(kinds))} layers takes no masks by layer")
-    placeholders = _placeholders(model.config)
+    encoded = {name: output for name, output in encoded.items() if output is not None}
     past = inputs.get("past_key_values")
-    is_continued = past is not None and past.get_seq_length() > 0
-    if is_continued:
-        _check_continued(name, family, bool(features), _has_any(rows, placeholders))
+    num_columns = 0 if past is None else past.get_seq_length()
+    if num_columns > 0:
+        has_images = _has_any(rows, _placeholders(model.config))
+        _check_continued(type(model).__name__, family, bool(encoded), has_images)
+        inputs = {**inputs, "token_type_ids": None, "position_ids": None}
+    return extras_of(
+        model,
+        rows,
+        {modality: Features.of(output) for modality, output in encoded.items()},
+        inputs,
+        is_token_BP,
+        given,
+        num_cached=is_token_BP[:, :num_columns].sum(1).tolist(),
+    )
+
+
+def extras_of(
+    model: Any,
+    rows: TokenRows,
+    features: Mapping[str, Features],
+    inputs: Mapping[str, Any],
+    is_token_BP: Tensor,
+    given: Mapping[str, Any],
+    *,
+    num_cached: Sequence[int],
+) -> PromptExtras:
+    """What the prompts of a request have besides token ids.
+
+    Args:
+        model: The loaded model.
+        rows: The rows of the request.
+        features: By modality, those of all placeholders that are not cached.
+        inputs: Positions and token types of the whole prompts, as `generate` prepares them; None
+            where positions are counted, and where all attention is causal.
+        is_token_BP: Which columns of the prompts are tokens.
+        given: What the model's processor made of the prompts.
+        num_cached: Tokens of each row in the cache.
+
+    Raises:
+        ValueError: As in `extras_in_generate`.
+    """
+    family, name = FAMILIES[model.config.model_type], type(model).__name__
+    placeholders = _placeholders(model.config)
+    check_layers(model)
+    tokens = placeholder_tokens(model, features)
     types = inputs.get("token_type_ids")
-    more: dict[str, Any] = {}
-    if features:
-        more["mm_encoder_outputs"] = features
-    if types is not None and family.causal_type is not None and not is_continued:
-        more["token_type_ids"] = _right_padded(types, is_token_BP, family.causal_type)
-    positions = None if is_continued else inputs.get("position_ids")
-    is_shown = "image" in features and "pixel_values" in given and not is_continued
+    types_BP = None
+    if types is not None and family.causal_type is not None:
+        types_BP = _right_padded(types, is_token_BP, family.causal_type)
+    features_of = cutter(features, tokens, rows, num_cached)
+
+    def part(starts: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
+        read = features_of(starts, counts)
+        # Behind a cache the mask is ours, and says what types would.
+        if types_BP is not None and not any(starts):
+            read["token_type_ids"] = types_BP[:, : max(counts)]
+        return read
 
     def seen_by(other: Any) -> PromptExtras:
         if _placeholders(other.config) != placeholders or other.config.model_type not in FAMILIES:
@@ -113,12 +162,44 @@ def extras_in_generate(
         theirs = prepare(other, given, num_rows=rows.num_rows)
         return extras_in_generate(other, rows, theirs, is_token_BP, given)
 
+    is_whole = not any(num_cached)
+    is_shown = any(given.get(pixels) is not None for pixels in PIXELS.values())
     return PromptExtras(
-        inputs=more,
-        place=_place(family, rows, positions, is_token_BP),
+        inputs=part(num_cached, rows.prompt_lengths) if is_whole else {},
+        part=part,
+        wholes=_wholes(types_BP, family.causal_type, rows),
+        place=_place(family, rows, inputs.get("position_ids"), is_token_BP),
         placeholders=placeholders,
-        seen_by=seen_by if is_shown else None,
+        seen_by=seen_by if is_shown and (features or not is_whole) else None,
     )
+
+
+def check_layers(model: Any) -> None:
+    """Refuses a family whose forward takes one mask for layers of several kinds.
+
+    Raises:
+        ValueError: Naming the kinds.
+    """
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    if model.config.model_type == "paligemma" and len(kinds) > 1:
+        raise ValueError(
+            f"{type(model).__name__} with {', '.join(sorted(kinds))} layers takes no masks by layer"
+        )
+
+
+def placeholder_tokens(model: Any, modalities: Collection[str]) -> dict[str, int]:
+    """The token that stands for a feature, by modality.
+
+    Raises:
+        ValueError: If images and videos are there, and one token stands for both.
+    """
+    names = {"image": "image_token_id", "video": FAMILIES[model.config.model_type].video_token}
+    if len(modalities) > 1 and len(set(names.values())) == 1:
+        raise ValueError(
+            f"{type(model).__name__} has one token for images and for videos; pass only one of "
+            "the two in a call"
+        )
+    return {modality: int(getattr(model.config, names[modality])) for modality in modalities}
 
 
 def prepare(model: Any, given: Mapping[str, Any], *, num_rows: int | None = None) -> dict[str, Any]:
@@ -126,7 +207,7 @@ def prepare(model: Any, given: Mapping[str, Any], *, num_rows: int | None = None
 
     Args:
         model: The model.
-        given: Arguments of `generate`; those that are no tensors are left out.
+        given: Arguments of `generate`; those that are no inputs of the model are left out.
         num_rows: Rows that the prompts are repeated to; None is as many as there are.
 
     Returns:
@@ -145,10 +226,14 @@ def prepare(model: Any, given: Mapping[str, Any], *, num_rows: int | None = None
         prepared.update(model_kwargs, input_ids=input_ids)
         return input_ids
 
-    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    copies = 1 if num_rows is None else num_rows // len(tensors["input_ids"])
+    wanted = {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, Tensor) or name == "second_per_grid_ts"
+    }
+    copies = 1 if num_rows is None else num_rows // len(wanted["input_ids"])
     model.generate(
-        **tensors,
+        **wanted,
         custom_generate=take,
         max_new_tokens=1,
         do_sample=True,
@@ -192,6 +277,30 @@ def _right_padded(values_BP: Tensor, is_token_BP: Tensor, padding: int) -> Tenso
         row[mask] for row, mask in zip(values_BP, is_token_BP.to(values_BP.device), strict=True)
     ]
     return pad_sequence(kept, batch_first=True, padding_value=padding)
+
+
+def _wholes(
+    types_BP: Tensor | None, causal_type: int | None, rows: TokenRows
+) -> list[list[tuple[int, int]]]:
+    """Spans of tokens that see each other whole, per row."""
+    if types_BP is None:
+        return [[] for _ in rows.prompt_lengths]
+    pairs = zip(types_BP.tolist(), rows.prompt_lengths, strict=True)
+    return [list(_spans(types[:length], causal_type)) for types, length in pairs]
+
+
+def _spans(types: list[int], causal_type: int | None) -> Iterator[tuple[int, int]]:
+    """Runs of tokens of another type than the causal one.
+
+    Example:
+        ``[0, 1, 1, 0, 1]`` with causal type 0: ``(1, 3)``, ``(4, 5)``.
+    """
+    place = 0
+    for is_causal, run in itertools.groupby(types, lambda kind: kind == causal_type):
+        count = len(list(run))
+        if not is_causal:
+            yield place, place + count
+        place += count
 
 
 def _place(

@@ -1,0 +1,383 @@
+"""What vision towers make of images and videos: by item, kept by content, cut by token.
+
+Inputs of a batch are taken apart into items: an image (a tile of it, where a family cuts images
+into tiles that take as many tokens each), or a video. Each item goes through the tower alone, so
+its features do not depend on what else is asked in the same call, and a second question about it
+does not run the tower again.
+
+Shape suffixes as in `mmspec.records`, and
+    R  rows of features, one for each placeholder     D  width of the language model
+"""
+
+import hashlib
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mmspec.checks import is_integer, require
+from mmspec.forward import text_device
+from mmspec.rows import TokenRows
+
+DEFAULT_CACHE_BYTES = 256 * 2**20
+
+#: Modality -> the input that holds its pixels.
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+_numbers = itertools.count()
+_MODEL_NUMBERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Rows of features in the order of the placeholders that they stand for.
+
+    Attributes:
+        rows_RD: What is read in place of the placeholders' embeddings.
+        deepstack: What is added to the hidden states behind the first layers, ``[R, D]`` each; None
+            where the family has nothing of the kind.
+        kind: Class of the tower's output.
+        is_stacked: The model wants a tensor ``[1, R, D]``, otherwise a list of ``[R, D]``.
+    """
+
+    rows_RD: Tensor
+    deepstack: tuple[Tensor, ...] | None
+    kind: type
+    is_stacked: bool
+
+    @classmethod
+    def of(cls, output: Any) -> "Features":
+        """From what a model's ``get_image_features`` or ``get_video_features`` returns."""
+        deepstack = output.get("deepstack_features")
+        return cls(
+            rows_RD=_flat(output.pooler_output),
+            deepstack=None if deepstack is None else tuple(map(_flat, deepstack)),
+            kind=type(output),
+            is_stacked=isinstance(output.pooler_output, Tensor),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Features"]) -> "Features":
+        """The rows of one item behind those of the other."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        deepstack = None
+        if first.deepstack is not None:
+            layers = zip(*(part.deepstack or () for part in parts), strict=True)
+            deepstack = tuple(torch.cat(layer) for layer in layers)
+        rows_RD = torch.cat([part.rows_RD for part in parts])
+        return cls(rows_RD, deepstack, first.kind, first.is_stacked)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the rows take."""
+        return sum(each.nbytes for each in (self.rows_RD, *(self.deepstack or ())))
+
+    def take(self, index: Tensor) -> Any:
+        """Some rows, as the model's forward takes them."""
+        index = index.to(self.rows_RD.device)
+        rows_RD = self.rows_RD[index]
+        more = {}
+        if self.deepstack is not None:
+            more["deepstack_features"] = [[layer[index]] for layer in self.deepstack]
+        return self.kind(pooler_output=rows_RD[None] if self.is_stacked else [rows_RD], **more)
+
+
+def cutter(
+    features: Mapping[str, Features],
+    tokens: Mapping[str, int],
+    rows: TokenRows,
+    num_cached: Sequence[int],
+) -> Callable[[Sequence[int], Sequence[int]], dict[str, Any]]:
+    """What says which features a part of the prompts reads.
+
+    Args:
+        features: By modality, those of all placeholders that are not cached, row by row.
+        tokens: The placeholder of each modality.
+        rows: The rows.
+        num_cached: Tokens of each row that are cached.
+
+    Returns:
+        A function of the first token and the number of tokens of each row's part.
+
+    Raises:
+        ValueError: If there are not as many features as placeholders.
+    """
+    device = rows.tokens_BT.device
+    column = torch.arange(rows.capacity, device=device)
+    first_B1 = torch.tensor(num_cached, device=device)[:, None]
+    is_new_BT = (column >= first_B1) & (column < rows.prompt_lengths_B[:, None])
+    index_BT = {}
+    for modality, own in features.items():
+        mask_BT = is_new_BT & (rows.tokens_BT == tokens[modality])
+        if int(mask_BT.sum()) != len(own.rows_RD):
+            raise ValueError(
+                f"the prompts have {int(mask_BT.sum())} {modality} tokens to be read, and the "
+                f"{modality}s given fill {len(own.rows_RD)}"
+            )
+        order = mask_BT.flatten().cumsum(0).view_as(mask_BT) - 1
+        index_BT[modality] = torch.where(mask_BT, order, -1)
+
+    def part(starts: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
+        node = torch.arange(max(counts), device=device)
+        column_BN = torch.tensor(starts, device=device)[:, None] + node
+        is_fed_BN = node < torch.tensor(counts, device=device)[:, None]
+        read = {}
+        for modality, own in features.items():
+            index_BN = index_BT[modality].gather(1, column_BN.clamp(max=rows.capacity - 1))
+            index_R = index_BN[is_fed_BN & (index_BN >= 0)]
+            if len(index_R):
+                read[modality] = own.take(index_R)
+        return {"mm_encoder_outputs": read} if read else {}
+
+    return part
+
+
+# --------------------------------------------------------------------------- items
+
+
+@dataclass(frozen=True, slots=True)
+class VisualItem:
+    """An image, a tile of one, or a video.
+
+    Attributes:
+        modality: "image" or "video".
+        inputs: Arguments of the model's ``get_image_features`` or ``get_video_features``.
+        num_tokens: Placeholders that it takes.
+        digest: Hash of the inputs and of whatever else places its tokens.
+    """
+
+    modality: str
+    inputs: Mapping[str, Tensor]
+    num_tokens: int
+    digest: bytes
+
+
+def split(model: Any, inputs: Mapping[str, Any], tokens: Mapping[str, int]) -> list[VisualItem]:
+    """Takes the images and videos of a batch apart.
+
+    Args:
+        model: The model.
+        inputs: What its processor returned.
+        tokens: The placeholder of each modality.
+
+    Returns:
+        The images in the order of their placeholders, then the videos.
+
+    Raises:
+        ValueError: If they do not fill the placeholders.
+    """
+    items = []
+    is_token_BP = inputs["attention_mask"].bool()
+    seconds = inputs.get("second_per_grid_ts")
+    for modality, name in PIXELS.items():
+        if inputs.get(name) is None:
+            continue
+        pieces = _SPLITTERS.get(model.config.model_type, _by_index)(model, modality, inputs)
+        num_tokens = int(((inputs["input_ids"] == tokens[modality]) & is_token_BP).sum())
+        for index, (own, count) in enumerate(pieces):
+            # The time between frames moves the positions of a video's tokens.
+            apart = () if modality == "image" or seconds is None else (float(seconds[index]),)
+            size = num_tokens // len(pieces) if count is None else count
+            items.append(VisualItem(modality, own, size, _digest(modality, own, apart)))
+        filled = sum(item.num_tokens for item in items if item.modality == modality)
+        if filled != num_tokens:
+            raise ValueError(
+                f"the prompts have {num_tokens} {modality} tokens, and the {modality}s given fill "
+                f"{filled}"
+            )
+    return items
+
+
+_Piece = tuple[dict[str, Tensor], int | None]
+
+
+def _by_index(model: Any, modality: str, inputs: Mapping[str, Any]) -> list[_Piece]:
+    """Pixels ``[items, ...]``; every item takes as many tokens."""
+    return [({PIXELS[modality]: one[None]}, None) for one in inputs[PIXELS[modality]]]
+
+
+def _by_size(model: Any, modality: str, inputs: Mapping[str, Any]) -> list[_Piece]:
+    """LLaVA: as `_by_index`, but a tower for images of any size (Pixtral) is told their sizes."""
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        return _by_index(model, modality, inputs)
+    patch = model.config.vision_config.patch_size
+    return [
+        (
+            {"pixel_values": pixels[None], "image_sizes": size[None]},
+            int((size // patch).prod()),
+        )
+        for pixels, size in zip(inputs["pixel_values"], sizes, strict=True)
+    ]
+
+
+def _by_grid(model: Any, modality: str, inputs: Mapping[str, Any]) -> list[_Piece]:
+    """Patches of all items in one list, and the grid of each item."""
+    name = f"{modality}_grid_thw"
+    sizes = inputs[name].prod(-1).tolist()
+    merged = model.config.vision_config.spatial_merge_size**2
+    pieces = inputs[PIXELS[modality]].split(sizes)
+    return [
+        ({PIXELS[modality]: pixels, name: grid[None]}, size // merged)
+        for pixels, grid, size in zip(pieces, inputs[name], sizes, strict=True)
+    ]
+
+
+def _by_row(model: Any, modality: str, inputs: Mapping[str, Any]) -> list[_Piece]:
+    """Tiles by row of the batch, ``[B, tiles, 3, height, width]``; black ones are padding."""
+    names = [name for name in ("pixel_values", "pixel_attention_mask") if name in inputs]
+    values = inputs["pixel_values"]
+    places = itertools.product(range(values.shape[0]), range(values.shape[1]))
+    return [
+        ({name: inputs[name][row : row + 1, tile : tile + 1] for name in names}, None)
+        for row, tile in places
+        if bool((values[row, tile] != 0).any())
+    ]
+
+
+def _with_thumbnail(model: Any, modality: str, inputs: Mapping[str, Any]) -> list[_Piece]:
+    """LLaVA-OneVision: a thumbnail and tiles, or in a row of several images the thumbnail alone."""
+    if modality == "video":
+        return _by_index(model, modality, inputs)
+    # The model has to say how many tokens an image of a size takes; any values of the right shape
+    # tell, so the tower is not needed.
+    base, tower = model.base_model, model.config.vision_config
+    length = (tower.image_size // tower.patch_size) ** 2
+    pieces: list[_Piece] = []
+    given = inputs.get("batch_num_images")
+    in_row = [1] * len(inputs["image_sizes"]) if given is None else given.repeat_interleave(given)
+    for pixels, size, beside in zip(
+        inputs["pixel_values"], inputs["image_sizes"], in_row, strict=True
+    ):
+        tiles = pixels[: _num_tiles(model.config, size)] if int(beside) == 1 else pixels[:1]
+        packed, _ = base.pack_image_features(
+            [torch.zeros(len(tiles), length, 1)], size[None], image_newline=torch.zeros(1)
+        )
+        own = {"pixel_values": tiles[None], "image_sizes": size[None]}
+        own["batch_num_images"] = torch.tensor([int(beside)])
+        pieces.append((own, len(packed[0])))
+    return pieces
+
+
+def _num_tiles(config: Any, size: Tensor) -> int:
+    from transformers.models.llava_onevision import modeling_llava_onevision as onevision
+
+    num_tiles: int = onevision.image_size_to_num_patches(
+        size, config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    return num_tiles
+
+
+#: Model type -> how its inputs are taken apart; `_by_index` where none is named.
+_SPLITTERS: dict[str, Callable[[Any, str, Mapping[str, Any]], list[_Piece]]] = {
+    "glm_ocr": _by_grid,
+    "idefics3": _by_row,
+    "llava": _by_size,
+    "llava_onevision": _with_thumbnail,
+    "paddleocr_vl": _by_grid,
+    "qwen2_5_vl": _by_grid,
+    "qwen2_vl": _by_grid,
+    "qwen3_vl": _by_grid,
+    "smolvlm": _by_row,
+}
+
+
+def _digest(modality: str, inputs: Mapping[str, Tensor], more: tuple[float, ...]) -> bytes:
+    found = hashlib.sha256(repr((modality, more)).encode())
+    for name, values in sorted(inputs.items()):
+        found.update(repr((name, values.dtype, tuple(values.shape))).encode())
+        # Not every type of torch has one in numpy.
+        found.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.digest()
+
+
+# --------------------------------------------------------------------------- cache
+
+
+class FeatureCache:
+    """Features of images and videos by their content, least recently used ones dropped first.
+
+    An item is found again wherever it stands and whatever stands beside it. Features belong to a
+    model in its type, on its device, with its weights as they are; weights that are changed behind
+    torch's back (through ``.data``) ask for `clear`.
+
+    Attributes:
+        max_bytes: Most bytes to keep; 0 keeps nothing.
+        size_bytes: Bytes kept.
+        num_hits: Items that were found.
+        num_misses: Items that went through a tower.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        """Makes an empty cache.
+
+        Raises:
+            ValueError: If ``max_bytes`` is not an integer >= 0.
+        """
+        rule = "an integer >= 0"
+        require(is_integer(max_bytes) and max_bytes >= 0, "max_bytes", rule, max_bytes)
+        self.max_bytes = max_bytes
+        self.size_bytes = self.num_hits = self.num_misses = 0
+        self._kept: OrderedDict[tuple[object, ...], Features] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Items kept."""
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Drops everything; the counters of hits and misses go on."""
+        self._kept.clear()
+        self.size_bytes = 0
+
+    def features(self, model: Any, item: VisualItem) -> Features:
+        """Features of an item, from the tower if they are not here."""
+        key = (*_identity(model), item.digest)
+        found = self._kept.get(key)
+        if found is not None:
+            self.num_hits += 1
+            self._kept.move_to_end(key)
+            return found
+        self.num_misses += 1
+        made = _encoded(model, item)
+        if made.size_bytes <= self.max_bytes:
+            self._kept[key] = made
+            self.size_bytes += made.size_bytes
+        while self.size_bytes > self.max_bytes:
+            self.size_bytes -= self._kept.popitem(last=False)[1].size_bytes
+        return made
+
+
+def encode(model: Any, items: Sequence[VisualItem], cache: FeatureCache) -> dict[str, Features]:
+    """Features of items, by modality, in their order."""
+    made: dict[str, list[Features]] = {}
+    for item in items:
+        made.setdefault(item.modality, []).append(cache.features(model, item))
+    return {modality: Features.joined(parts) for modality, parts in made.items()}
+
+
+def _encoded(model: Any, item: VisualItem) -> Features:
+    encoder = getattr(model.base_model, f"get_{item.modality}_features")
+    device = text_device(model)
+    inputs = {name: values.to(device) for name, values in item.inputs.items()}
+    return Features.of(encoder(**inputs, return_dict=True))
+
+
+def _identity(model: Any) -> tuple[object, ...]:
+    """What tells a model and its present weights from others."""
+    if model not in _MODEL_NUMBERS:
+        _MODEL_NUMBERS[model] = next(_numbers)
+    # Every change in place counts up the version of a tensor; those of inference mode have none.
+    versions = sum(0 if one.is_inference() else one._version for one in model.parameters())
+    return _MODEL_NUMBERS[model], model.dtype, model.device, versions
+
+
+def _flat(features: Any) -> Tensor:
+    """Features of several items as one list of rows."""
+    return torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
