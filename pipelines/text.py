@@ -1,7 +1,6 @@
 """Text to text with any causal language model of transformers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmspec.adapters.smollm2 import SMOLLM2_IDS, load_smollm2
-from mmspec.cache import SlotCache
-from mmspec.checks import require
 from mmspec.drafters import DrafterSpec
-from mmspec.engine import Engine
 from mmspec.pipelines.base import StepEnd
-from mmspec.pipelines.writing import (
-    Prompt,
-    WritingOptions,
-    WritingPipeline,
-    WrittenOutput,
-    as_requests,
-)
+from mmspec.pipelines.turns import TurnCache, TurnOutput, check_cache, claimed, num_shared
+from mmspec.pipelines.writing import Prompt, WritingOptions, WritingPipeline, as_requests
 from mmspec.speculation import build_engine
-
-
-@dataclass(slots=True)
-class TextCache:
-    """Keys and values of finished calls, for the next turn of the same rows.
-
-    There is one object for a whole conversation: each call that gets it keeps, per row, the
-    longest beginning that its prompt shares with what is cached, and replaces the rest. So an
-    earlier output's ``cache`` is always this one, and never claims more than is there.
-
-    Attributes:
-        model: The model that made it.
-        slots: Its keys and values.
-        tokens: The tokens they belong to, per row.
-    """
-
-    model: nn.Module
-    slots: SlotCache
-    tokens: list[list[int]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextOutput(WrittenOutput):
-    """What a text pipeline returns.
-
-    Attributes:
-        cache: Pass it as ``cache=`` with the prompt that continues these rows.
-    """
-
-    cache: TextCache
 
 
 class SpeculativeTextPipeline(WritingPipeline):
@@ -144,10 +105,11 @@ class SpeculativeTextPipeline(WritingPipeline):
         width: int | None = None,
         streamer: Any = None,
         callback_on_step_end: StepEnd | None = None,
-        cache: TextCache | None = None,
+        cache: TurnCache | None = None,
         compile: bool = False,
+        prefill_chunk_size: int | None = None,
         return_dict: bool = True,
-    ) -> TextOutput | tuple[list[str], list[Tensor]]:
+    ) -> TurnOutput | tuple[list[str], list[Tensor]]:
         """Continues prompts.
 
         Args:
@@ -176,6 +138,8 @@ class SpeculativeTextPipeline(WritingPipeline):
                 returning True interrupts.
             cache: An earlier output's ``cache``; what the prompt shares with it is not read again.
             compile: Compile the model's forward (pays on long runs).
+            prefill_chunk_size: Most tokens of a prompt that one forward reads, for long prompts in
+                little memory; None is all of them.
             return_dict: False returns ``(texts, tokens)``.
 
         Raises:
@@ -201,21 +165,28 @@ class SpeculativeTextPipeline(WritingPipeline):
                 streamer=streamer,
                 callback_on_step_end=callback_on_step_end,
                 compile=compile,
+                prefill_chunk_size=prefill_chunk_size,
             ),
             len(requests),
         )
         prompts = [self._encode(one, index) for index, one in enumerate(requests)]
         rows = self._rows(plan, prompts)
-        num_cached = self._shared(cache, prompts)
-        slots = cache.slots if cache is not None else None
+        check_cache(cache, self.model, len(requests))
+        num_cached = num_shared(cache, prompts)
         engine = build_engine(
-            self.model, rows, plan.law, plan.settings, cache=slots, num_cached=num_cached
+            self.model,
+            rows,
+            plan.law,
+            plan.settings,
+            cache=cache.slots if cache is not None else None,
+            num_cached=num_cached,
+            prefill_chunk_size=prefill_chunk_size,
         )
-        cache = self._claimed(cache, engine, prompts, num_cached)
+        cache = claimed(cache, self.model, engine, prompts, num_cached)
         written = self._write(plan, engine, rows)
         # The last token of a row, its root, has no keys yet.
         cache.tokens = [tokens[:-1] for tokens in rows.host_tokens]
-        output = TextOutput(**written, cache=cache)
+        output = TurnOutput(**written, cache=cache)
         return output if return_dict else (output.texts, output.tokens)
 
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
@@ -238,38 +209,3 @@ class SpeculativeTextPipeline(WritingPipeline):
             )["input_ids"]
         self._check_tokens(f"prompt {index}", ids)
         return ids
-
-    def _shared(self, cache: TextCache | None, prompts: list[list[int]]) -> list[int] | None:
-        """Tokens of each prompt that need not be read again; the last one always is."""
-        if cache is None:
-            return None
-        require(isinstance(cache, TextCache), "cache", "None or an earlier output's cache", cache)
-        if cache.model is not self.model:
-            raise ValueError("cache was made by another model than this pipeline's")
-        if len(cache.tokens) != len(prompts):
-            raise ValueError(f"cache holds {len(cache.tokens)} rows, got {len(prompts)} prompts")
-        return [
-            min(_num_common(cached, prompt), len(prompt) - 1)
-            for cached, prompt in zip(cache.tokens, prompts, strict=True)
-        ]
-
-    def _claimed(
-        self,
-        cache: TextCache | None,
-        engine: Engine,
-        prompts: list[list[int]],
-        num_cached: list[int] | None,
-    ) -> TextCache:
-        """The cache of this call, claiming only what stays valid if the call is broken off."""
-        if cache is None or num_cached is None:
-            empty: list[list[int]] = [[] for _ in prompts]
-            target: Any = engine.target
-            return TextCache(self.model, target.forward.cache, empty)
-        cache.tokens = [p[:count] for p, count in zip(prompts, num_cached, strict=True)]
-        return cache
-
-
-def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    pairs = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

@@ -5,27 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmspec.adapters import vision_language
-from mmspec.checks import require, require_known
+from mmspec.adapters.image_features import DEFAULT_CACHE_BYTES, PIXELS, FeatureCache
+from mmspec.adapters.visual_prompts import VisualPrompts
+from mmspec.checks import require_known
 from mmspec.drafters import DrafterSpec
-from mmspec.pipelines.writing import (
-    Message,
-    Prompt,
-    WritingOptions,
-    WritingPipeline,
-    WrittenOutput,
-    as_requests,
-)
+from mmspec.pipelines.turns import TurnCache, TurnOutput, check_cache, claimed, num_shared
+from mmspec.pipelines.vlm_inputs import Picture, ReadPrompt, Video, read_prompts
+from mmspec.pipelines.writing import Prompt, WritingOptions, WritingPipeline, as_requests
 from mmspec.speculation import build_engine
-
-Picture = Image.Image | str | Path
-
-#: Where a part of a message may hold its image, by the names that transformers knows.
-_SOURCES = ("image", "path", "url")
 
 
 class SpeculativeVLMPipeline(WritingPipeline):
@@ -36,6 +27,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
         tokenizer: The processor's tokenizer.
         drafter: Used where a call names none.
         schedule: As in `mmspec.speculation.Settings`.
+        image_cache: Features of the images and videos of earlier calls.
 
     Example:
         >>> pipe = SpeculativeVLMPipeline.from_pretrained("some/vlm")  # doctest: +SKIP
@@ -52,14 +44,18 @@ class SpeculativeVLMPipeline(WritingPipeline):
         *,
         drafter: DrafterSpec = None,
         schedule: str | None = None,
+        image_cache: FeatureCache | int = DEFAULT_CACHE_BYTES,
     ) -> None:
         """Wraps loaded objects; see `from_pretrained` and `from_model`.
 
         Raises:
-            ValueError: If the model's family, the drafter or the schedule is unknown.
+            ValueError: If the model's family, the drafter or the schedule is unknown, or
+                ``image_cache`` is no size.
         """
         super().__init__(model, processor.tokenizer, drafter=drafter, schedule=schedule)
         self.processor = processor
+        is_made = isinstance(image_cache, FeatureCache)
+        self.image_cache = image_cache if is_made else FeatureCache(image_cache)
         known = sorted(vision_language.FAMILIES)
         require_known("model type", self.model.config.model_type, known)
 
@@ -70,6 +66,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
         *,
         drafter: DrafterSpec = None,
         schedule: str | None = None,
+        image_cache: FeatureCache | int = DEFAULT_CACHE_BYTES,
         dtype: torch.dtype | None = None,
         device_map: Any = None,
         **kwargs: Any,
@@ -80,6 +77,8 @@ class SpeculativeVLMPipeline(WritingPipeline):
             id_or_path: A folder or a hub id.
             drafter: Default of the calls; None is "ngram".
             schedule: As in `mmspec.speculation.Settings`; None picks by the rule.
+            image_cache: Most bytes of features of images and videos to keep for later calls; 0
+                keeps none. Or a cache, which pipelines may share.
             dtype: Floating-point type; None is the checkpoint's.
             device_map: As in transformers; needs accelerate.
             **kwargs: Passed to the model's ``from_pretrained``.
@@ -91,7 +90,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
         model = AutoModelForImageTextToText.from_pretrained(
             id_or_path, dtype=dtype or "auto", device_map=device_map, **kwargs
         )
-        return cls(model, processor, drafter=drafter, schedule=schedule)
+        return cls(model, processor, drafter=drafter, schedule=schedule, image_cache=image_cache)
 
     @classmethod
     def from_model(
@@ -101,9 +100,10 @@ class SpeculativeVLMPipeline(WritingPipeline):
         *,
         drafter: DrafterSpec = None,
         schedule: str | None = None,
+        image_cache: FeatureCache | int = DEFAULT_CACHE_BYTES,
     ) -> "SpeculativeVLMPipeline":
         """Uses objects that are loaded already; see `from_pretrained` for the arguments."""
-        return cls(model, processor, drafter=drafter, schedule=schedule)
+        return cls(model, processor, drafter=drafter, schedule=schedule, image_cache=image_cache)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the model and its processor as transformers does."""
@@ -116,155 +116,106 @@ class SpeculativeVLMPipeline(WritingPipeline):
         prompt: Prompt | Sequence[Prompt],
         *,
         images: Picture | Sequence[Any] | None = None,
+        videos: Video | Sequence[Any] | None = None,
+        cache: TurnCache | None = None,
         return_dict: bool = True,
         **options: Any,
-    ) -> WrittenOutput | tuple[list[str], list[Tensor]]:
+    ) -> TurnOutput | tuple[list[str], list[Tensor]]:
         """Answers prompts.
 
         Args:
             prompt: A chat (list of messages with ``role`` and ``content``), or a text with the
-                processor's own image token where an image stands; or a list of these. A part
-                ``{"type": "image"}`` of a message may hold its image under ``image`` or ``path``.
+                processor's own image and video tokens where these stand; or a list of these. A part
+                ``{"type": "image"}`` of a message may hold its image under ``image`` or ``path``, a
+                part ``{"type": "video"}`` its video under ``video`` or ``path``, and under ``fps``
+                its frames a second.
             images: Those that the prompt does not hold itself, in the order of their places: an
                 image, a list of them, or for a list of prompts a list with an entry for each (None,
                 an image, or a list). An image is a PIL image or the path of a file.
+            videos: The same for videos. A video is a list of PIL images, or the path of a folder of
+                frames (in the order of their names) or of a file, which torchcodec or av decodes.
+            cache: An earlier output's ``cache``; what the prompt shares with it, tokens and images,
+                is not read again.
             return_dict: False returns ``(texts, tokens)``.
             **options: ``max_new_tokens``, ``temperature``, ``drafter`` and all others of
-                `SpeculativeTextPipeline.__call__` but ``cache``.
+                `SpeculativeTextPipeline.__call__`.
 
         Raises:
-            ValueError: On any argument out of its range, an image that cannot be read, or as many
-                images as there are no places for; before any forward.
+            ValueError: On any argument out of its range, an image or video that cannot be read, or
+                as many of them as there are no places for; before any forward.
         """
         requests = as_requests(prompt)
         plan = self._plan(WritingOptions(**options), len(requests))
-        given = _images_by_request(images, len(requests))
-        read = [
-            self._read(request, own, index)
-            for index, (request, own) in enumerate(zip(requests, given, strict=True))
-        ]
-        inputs = self._encode([text for text, _ in read], [pictures for _, pictures in read])
-        prepared = vision_language.prepare(self.model, inputs)
+        check_cache(cache, self.model, len(requests))
+        read = read_prompts(self.processor, requests, images, videos)
+        _check_videos(self.model, read)
+        inputs = self._encode(read)
         is_token_BP = inputs["attention_mask"].bool()
         pairs = zip(inputs["input_ids"], is_token_BP, strict=True)
-        rows = self._rows(plan, [ids[mask].tolist() for ids, mask in pairs])
-        extras = vision_language.extras_in_generate(self.model, rows, prepared, is_token_BP, inputs)
-        engine = build_engine(self.model, rows, plan.law, plan.settings, extras=extras)
-        output = WrittenOutput(**self._write(plan, engine, rows))
+        prompts = [ids[mask].tolist() for ids, mask in pairs]
+        rows = self._rows(plan, prompts)
+        seen = VisualPrompts.of(self.model, inputs, prompts)
+        num_cached = seen.sound(self.model, num_shared(cache, seen.contents))
+        engine = build_engine(
+            self.model,
+            rows,
+            plan.law,
+            plan.settings,
+            cache=None if cache is None else cache.slots,
+            num_cached=num_cached,
+            extras=seen.extras(self.model, rows, self.image_cache, num_cached),
+            prefill_chunk_size=plan.options.prefill_chunk_size,
+        )
+        cache = claimed(cache, self.model, engine, seen.contents, num_cached)
+        written = self._write(plan, engine, rows)
+        # The last token of a row, its root, has no keys yet.
+        cache.tokens = [
+            [*contents, *rows.new_tokens(row)][:-1] for row, contents in enumerate(seen.contents)
+        ]
+        output = TurnOutput(**written, cache=cache)
         return output if return_dict else (output.texts, output.tokens)
 
-    def _read(
-        self, request: Prompt, given: list[Picture], index: int
-    ) -> tuple[str, list[Image.Image]]:
-        """The text of one prompt, and its images in the order of their places."""
-        name = f"prompt {index}"
-        if isinstance(request, Tensor):
-            raise ValueError(
-                f"{name} is token ids; pass a text or a chat, which say where images go"
-            )
-        if isinstance(request, str):
-            text, pictures = request, given
-        else:
-            if getattr(self.processor, "chat_template", None) is None:
-                raise ValueError(
-                    f"{name} is a chat, and {type(self.processor).__name__} has no chat template; "
-                    "pass the text itself"
-                )
-            messages, pictures = _with_images(request, given, name)
-            text = self.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        token = self.processor.image_token
-        places = text.count(token)
-        if places != len(pictures):
-            raise ValueError(
-                f"{name} has {places} places for images ({token!r}) and {len(pictures)} images"
-            )
-        opened = [_opened(one, f"image {k} of {name}") for k, one in enumerate(pictures)]
-        return text, opened
-
-    def _encode(self, texts: list[str], pictures: list[list[Image.Image]]) -> dict[str, Any]:
-        """Prompts padded on the left and the model's image inputs, on its device."""
+    def _encode(self, prompts: Sequence[ReadPrompt]) -> dict[str, Any]:
+        """Prompts padded on the left and the model's visual inputs, on the processor's device."""
         bos = self.tokenizer.bos_token
-        has_bos = [bos is not None and text.startswith(bos) for text in texts]
+        has_bos = [bos is not None and prompt.text.startswith(bos) for prompt in prompts]
         if len(set(has_bos)) > 1:
             raise ValueError(f"either all prompts begin with {bos!r} or none does")
+        images = [prompt.images for prompt in prompts]
+        clips = [clip for prompt in prompts for clip in prompt.videos]
+        videos: dict[str, Any] = {}
+        if clips:
+            videos = {
+                "videos": [clip.frames for clip in clips],
+                "video_metadata": [clip.metadata for clip in clips],
+                "do_sample_frames": False,
+            }
         encoded = self.processor(
-            text=texts,
-            images=pictures if any(pictures) else None,
+            text=[prompt.text for prompt in prompts],
+            images=images if any(images) else None,
             add_special_tokens=not has_bos[0],
             padding=True,
             padding_side="left",
             return_tensors="pt",
+            **videos,
         )
-        return dict(encoded.to(self.device, self.dtype))
+        # Times between frames keep their precision.
+        pixels = {name: encoded[name].to(self.dtype) for name in PIXELS.values() if name in encoded}
+        return {**encoded, **pixels}
 
 
-def _images_by_request(images: Any, num_requests: int) -> list[list[Picture]]:
-    """The images given beside each prompt.
-
-    Raises:
-        ValueError: If a list of prompts does not come with one entry of images each.
-    """
-    if images is None:
-        return [[] for _ in range(num_requests)]
-    entries = images if isinstance(images, list | tuple) else [images]
-    if num_requests == 1 and not (len(entries) == 1 and isinstance(entries[0], list | tuple)):
-        return [list(entries)]
-    rule = f"a list with an entry for each of the {num_requests} prompts"
-    require(len(entries) == num_requests, "images", rule, images)
-    return [_as_pictures(entry) for entry in entries]
-
-
-def _as_pictures(entry: Any) -> list[Picture]:
-    if entry is None:
-        return []
-    return list(entry) if isinstance(entry, list | tuple) else [entry]
-
-
-def _with_images(
-    messages: Sequence[Message], given: list[Picture], name: str
-) -> tuple[list[dict[str, Any]], list[Picture]]:
-    """Messages as templates want them, and the images at their places.
+def _check_videos(model: Any, prompts: Sequence[ReadPrompt]) -> None:
+    """Refuses videos that the family has no place for.
 
     Raises:
-        ValueError: If places are without image, or images without place.
+        ValueError: Naming the model's class.
     """
-    rest, pictures = iter(given), []
-    plain = []
-    for message in messages:
-        content = message.get("content") or []
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        kept = []
-        for part in parts:
-            if part.get("type") != "image":
-                kept.append(dict(part))
-                continue
-            held = [part[source] for source in _SOURCES if part.get(source) is not None]
-            pictures += held[:1] or [next(rest, None)]
-            kept.append({"type": "image"})
-        plain.append({**message, "content": kept})
-    num_missing = sum(picture is None for picture in pictures)
-    num_left = len(list(rest))
-    if num_missing or num_left:
+    has_videos = any(prompt.videos for prompt in prompts)
+    kind = vision_language.FAMILIES[model.config.model_type].videos
+    if has_videos and kind is None:
+        raise ValueError(f"{type(model).__name__} reads no videos; pass their frames as images")
+    if has_videos and model.config.model_type == "smolvlm" and any(p.images for p in prompts):
         raise ValueError(
-            f"{name} has {len(pictures)} places for images and "
-            f"{len(pictures) - num_missing + num_left} images"
+            "the processor of SmolVLM reads images or videos in a call, not both; pass the frames "
+            "as images"
         )
-    return plain, pictures
-
-
-def _opened(picture: Any, name: str) -> Image.Image:
-    """An image in memory.
-
-    Raises:
-        ValueError: If it is none, or its file cannot be read.
-    """
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    require(isinstance(picture, str | Path), name, "a PIL image or the path of a file", picture)
-    try:
-        with Image.open(picture) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error

@@ -78,6 +78,7 @@ class WritingOptions:
     streamer: Any = None
     callback_on_step_end: StepEnd | None = None
     compile: bool = False
+    prefill_chunk_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,8 @@ class WritingPipeline(SpeculativePipeline):
         """Checks the arguments of a call; runs nothing."""
         settings = self._settings(options)
         check_positive("max_new_tokens", options.max_new_tokens)
+        if options.prefill_chunk_size is not None:
+            check_positive("prefill_chunk_size", options.prefill_chunk_size)
         check_callback(options.callback_on_step_end)
         _check_streamer(options.streamer, num_rows)
         ends = self._eos_token_ids()

@@ -30,6 +30,7 @@ class VisionLanguageFamily:
     Attributes:
         causal_type: The value of ``token_type_ids`` under which a token sees only what is before
             it; None where the family has no such input because all attention is causal.
+        is_prefix: The whole prompt sees itself.
         first_position: Position of a row's first token.
         has_axes: Positions have axes (M-RoPE), and an image takes fewer of them than tokens.
         videos: Where videos come from: "own" pixels, "images" where their frames are read as
@@ -38,6 +39,7 @@ class VisionLanguageFamily:
     """
 
     causal_type: int | None = None
+    is_prefix: bool = False
     first_position: int = 0
     has_axes: bool = False
     videos: str | None = None
@@ -56,8 +58,7 @@ FAMILIES = {
     "llava": VisionLanguageFamily(),
     "llava_onevision": VisionLanguageFamily(videos="own"),
     "paddleocr_vl": VisionLanguageFamily(has_axes=True),
-    # The whole prompt sees itself.
-    "paligemma": VisionLanguageFamily(causal_type=1, first_position=1),
+    "paligemma": VisionLanguageFamily(causal_type=1, is_prefix=True, first_position=1),
     "qwen2_5_vl": VisionLanguageFamily(has_axes=True, videos="own"),
     "qwen2_vl": VisionLanguageFamily(has_axes=True, videos="own"),
     "qwen3_vl": VisionLanguageFamily(has_axes=True, videos="own"),
@@ -99,7 +100,9 @@ def extras_in_generate(
     if num_columns > 0:
         has_images = _has_any(rows, _placeholders(model.config))
         _check_continued(type(model).__name__, family, bool(encoded), has_images)
+        # A cache says nothing of either; and the images given are not those of the whole prompt.
         inputs = {**inputs, "token_type_ids": None, "position_ids": None}
+        given = {}
     return extras_of(
         model,
         rows,

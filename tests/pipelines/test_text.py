@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from mmspec.pipelines import SpeculativeTextPipeline
-from mmspec.pipelines.text import _num_common
+from mmspec.pipelines.turns import num_common
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,:;!?-0123456789\n'()+=*/"
 SPECIAL = ["<pad>", "<end>", "<user>", "<bot>"]
@@ -378,9 +378,9 @@ def test_foreign_caches_are_refused(pipe, tokenizer):
 
 
 def test_the_common_beginning():
-    assert _num_common([1, 2, 3], [1, 2, 4, 5]) == 2
-    assert _num_common([1, 2], [1, 2, 3]) == 2
-    assert _num_common([], [1]) == 0
+    assert num_common([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert num_common([1, 2], [1, 2, 3]) == 2
+    assert num_common([], [1]) == 0
 
 
 # --------------------------------------------------------------------------- loading
