@@ -345,7 +345,14 @@ REFUSED = {
         "output_hidden_states",
     ),
     "context": ({"max_new_tokens": 500}, "has a context of 256"),
-    "chunks": ({"prefill_chunk_size": 4}, "prefill_chunk_size=4"),
+    "chunks": (
+        {"prefill_chunk_size": 0},
+        "prefill_chunk_size must be None or an integer >= 1, got 0",
+    ),
+    "guided chunks": (
+        {"prefill_chunk_size": 4, "guidance_scale": 2.0},
+        "prefill_chunk_size=4 cannot be combined with guidance_scale",
+    ),
     "embeds": ({"token_type_ids": torch.zeros(1, 8)}, "token_type_ids"),
     "positions": ({"position_ids": torch.arange(8)[None] + 1}, "position_ids must count"),
 }

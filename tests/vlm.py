@@ -1,7 +1,8 @@
 """Tiny random vision-language models of the real classes, and requests for them.
 
-A request is a list of rows; a row is a list of text tokens and images. An image is its size in
-placeholders, (height, width), which families whose images have one size do not heed.
+A request is a list of rows; a row is a list of text tokens, images and videos. An image is its size
+in placeholders, (height, width), which families whose images have one size do not heed; a video is
+(frames, height, width).
 """
 
 import itertools
@@ -49,7 +50,8 @@ SPECIAL = {
     "vision_end_token_id": END,
 }
 Grid = tuple[int, int]
-Row = Sequence[int | Grid]
+Film = tuple[int, int, int]
+Row = Sequence[int | Grid | Film]
 
 
 def squares(count: int, side: int = 8) -> torch.Tensor:
@@ -85,6 +87,29 @@ def flat_patches(rows: Sequence[Row], family: "Family") -> dict[str, Any]:
     return {"pixel_values": values, "image_grid_thw": torch.tensor(grids)}
 
 
+def flat_frames(rows: Sequence[Row], family: "Family") -> dict[str, Any]:
+    """Patches of videos, as `flat_patches`."""
+    grids = [(frames, 2 * height, 2 * width) for frames, height, width in videos(rows)]
+    num_patches = sum(frames * height * width for frames, height, width in grids)
+    generator = torch.Generator().manual_seed(5)
+    shape = (num_patches, *family.patch_shape)
+    values = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return {"pixel_values_videos": values, "video_grid_thw": torch.tensor(grids)}
+
+
+def timed_frames(rows: Sequence[Row], family: "Family") -> dict[str, Any]:
+    """Qwen2.5-VL: the time between frames places them."""
+    seconds = [0.25 * (1 + index) for index in range(len(videos(rows)))]
+    return flat_frames(rows, family) | {"second_per_grid_ts": seconds}
+
+
+def stacked_frames(rows: Sequence[Row], family: "Family") -> dict[str, Any]:
+    """LLaVA-OneVision: videos of as many frames each."""
+    (frames,) = {film[0] for film in videos(rows)}
+    values = 1 - squares(len(videos(rows)) * frames, family.pixels)
+    return {"pixel_values_videos": values.unflatten(0, (-1, frames))}
+
+
 def tiled_pictures(rows: Sequence[Row], family: "Family") -> dict[str, Any]:
     """LLaVA-OneVision: a thumbnail and one tile each, of square pictures."""
     count = len(images(rows))
@@ -95,7 +120,12 @@ def tiled_pictures(rows: Sequence[Row], family: "Family") -> dict[str, Any]:
 
 def images(rows: Sequence[Row]) -> list[Grid]:
     """The images of all rows in the order in which the placeholders stand."""
-    return [item for row in rows for item in row if isinstance(item, tuple)]
+    return [item for row in rows for item in row if isinstance(item, tuple) and len(item) == 2]
+
+
+def videos(rows: Sequence[Row]) -> list[Film]:
+    """The videos of all rows, likewise."""
+    return [item for row in rows for item in row if isinstance(item, tuple) and len(item) == 3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +140,9 @@ class Family:
         pixels: Side of a picture.
         patch_shape: Shape of a flat patch.
         token_types: Name of the input that tells image tokens from text, if it is needed.
+        films: Makes the inputs of the vision tower for videos; None where there are none.
+        frame_token: Stands for a feature of a video.
+        is_timed: Text stands between the frames of a video.
     """
 
     class_name: str
@@ -119,6 +152,9 @@ class Family:
     pixels: int = 8
     patch_shape: tuple[int, ...] = (24,)
     token_types: str | None = None
+    films: Callable[..., dict[str, Any]] | None = None
+    frame_token: int = VIDEO
+    is_timed: bool = False
 
 
 def llama() -> Any:
@@ -249,6 +285,7 @@ FAMILIES = {
         config=llava_onevision,
         pictures=tiled_pictures,
         num_placeholders=4 + 4 + 2,
+        films=stacked_frames,
     ),
     "smolvlm": Family(
         class_name="SmolVLMForConditionalGeneration",
@@ -276,6 +313,7 @@ FAMILIES = {
         pictures=flat_patches,
         num_placeholders=None,
         token_types="mm_token_type_ids",
+        films=flat_frames,
     ),
     "qwen2_5_vl": Family(
         class_name="Qwen2_5_VLForConditionalGeneration",
@@ -292,6 +330,7 @@ FAMILIES = {
         pictures=flat_patches,
         num_placeholders=None,
         token_types="mm_token_type_ids",
+        films=timed_frames,
     ),
     "qwen3_vl": Family(
         class_name="Qwen3VLForConditionalGeneration",
@@ -308,6 +347,8 @@ FAMILIES = {
         pictures=flat_patches,
         num_placeholders=None,
         token_types="mm_token_type_ids",
+        films=flat_frames,
+        is_timed=True,
     ),
     "glm_ocr": Family(
         class_name="GlmOcrForConditionalGeneration",
@@ -317,6 +358,9 @@ FAMILIES = {
         pictures=flat_patches,
         num_placeholders=None,
         token_types="mm_token_type_ids",
+        films=flat_frames,
+        frame_token=IMAGE,
+        is_timed=True,
     ),
     "paddleocr_vl": Family(
         class_name="PaddleOCRVLForConditionalGeneration",
@@ -346,25 +390,42 @@ def tiny_vlm(name: str, **changes: Any) -> Any:
 
 
 def request(name: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """What a processor would hand to `generate`: left-padded rows and the pictures."""
+    """What a processor would hand to `generate`: left-padded rows, pictures and videos."""
     family = FAMILIES[name]
-    tokens = [[*itertools.chain(*(_placed(item, family) for item in row))] for row in rows]
-    longest = max(map(len, tokens))
-    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in tokens])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens])
+    pairs = [[*itertools.chain(*(_placed(item, family) for item in row))] for row in rows]
+    longest = max(map(len, pairs))
+    ids, types = (
+        torch.tensor(
+            [[fill] * (longest - len(row)) + [pair[part] for pair in row] for row in pairs]
+        )
+        for part, fill in enumerate((PAD, 0))
+    )
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in pairs])
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if family.token_types is not None:
-        inputs[family.token_types] = (ids == IMAGE).long()
+        inputs[family.token_types] = types
     if name == "paligemma":
         # The whole prompt is a prefix.
         inputs["token_type_ids"] = torch.zeros_like(ids)
     if images(rows):
         inputs |= family.pictures(rows, family)
+    if videos(rows):
+        inputs |= family.films(rows, family)
     return inputs
 
 
-def _placed(item: int | Grid, family: Family) -> list[int]:
+def _placed(item: int | Grid | Film, family: Family) -> list[tuple[int, int]]:
+    """The tokens of an item, each with its type: 1 in images, 2 in videos."""
     if not isinstance(item, tuple):
-        return [item]
-    count = family.num_placeholders
-    return [START] + [IMAGE] * (item[0] * item[1] if count is None else count) + [END]
+        return [(item, 0)]
+    if len(item) == 2:
+        count = family.num_placeholders
+        own = [(IMAGE, 1)] * (item[0] * item[1] if count is None else count)
+        return [(START, 0), *own, (END, 0)]
+    frames, height, width = item
+    if family.is_timed:
+        frame = [(START, 0), *[(family.frame_token, 2)] * (height * width), (END, 0)]
+        return [pair for index in range(frames) for pair in [(10 + index, 0), *frame]]
+    # A newline stands behind the frames of LLaVA-OneVision, a feature each.
+    count = frames + 1 if family.films is stacked_frames else frames * height * width
+    return [(START, 0), *[(family.frame_token, 2)] * count, (END, 0)]

@@ -34,12 +34,15 @@ NAMED = {
 }
 TEMPLATE = (
     "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<bot>' }}"
-    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}"
+    "{% for part in m.content %}"
+    "{{ '<image>' if part.type == 'image' else '<video>' if part.type == 'video' else part.text }}"
     "{% endfor %}<end>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 )
 SIDE = TOWER["image_size"]
 SQUARE = {"height": SIDE, "width": SIDE}
 GRID = {"patch_size": 2, "merge_size": 2}
+#: Pixels of a whole video; frames come in pairs.
+FILM = {**GRID, "temporal_patch_size": 2, "size": {"shortest_edge": 32, "longest_edge": 256}}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -73,7 +76,7 @@ def llava_onevision() -> Any:
     return transformers.LlavaOnevisionProcessor(
         transformers.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=[[SIDE, SIDE]]),
         tokenizer(),
-        transformers.LlavaOnevisionVideoProcessor(),
+        transformers.LlavaOnevisionVideoProcessor(size=SQUARE),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
         chat_template=TEMPLATE,
@@ -124,8 +127,10 @@ def qwen(name: str) -> Any:
         pictures = transformers.Qwen2VLImageProcessor(
             **GRID, temporal_patch_size=2, min_pixels=16, max_pixels=96
         )
+        films = transformers.Qwen3VLVideoProcessor if "3" in name else None
+        films = films or transformers.Qwen2VLVideoProcessor
         return getattr(transformers, name)(
-            pictures, tokenizer(), transformers.Qwen2VLVideoProcessor(), chat_template=TEMPLATE
+            pictures, tokenizer(), films(**FILM), chat_template=TEMPLATE
         )
 
     return build
@@ -135,9 +140,15 @@ def glm_ocr() -> Any:
     pictures = transformers.Glm46VImageProcessor(
         **GRID, temporal_patch_size=2, size={"shortest_edge": 16, "longest_edge": 192}
     )
-    return transformers.Glm46VProcessor(
-        pictures, tokenizer(), transformers.Glm46VVideoProcessor(), chat_template=TEMPLATE
+    made = transformers.Glm46VProcessor(
+        pictures,
+        tokenizer(),
+        transformers.Glm46VVideoProcessor(**FILM),
+        chat_template=TEMPLATE.replace("<video>", "(<video>)"),
     )
+    # It tells frames from images by the tokens around them, and there are no more tokens.
+    made.video_start_id, made.video_end_id = map(made.tokenizer.convert_tokens_to_ids, "()")
+    return made
 
 
 def paddleocr_vl() -> Any:

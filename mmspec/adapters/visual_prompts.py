@@ -75,6 +75,11 @@ class VisualPrompts:
                 while at:
                     item = next(queue)
                     own, at = at[: item.num_tokens], at[item.num_tokens :]
+                    if len(own) < item.num_tokens:
+                        raise ValueError(
+                            f"prompt {row} has {len(own)} tokens left for a {modality} that takes "
+                            f"{item.num_tokens}"
+                        )
                     places[row].append(_Place(item, own[0], own[-1] + 1))
                     for place in own:
                         contents[row][place] = item.digest

@@ -7,7 +7,7 @@ import torch
 import transformers
 from tiny import tiny_model
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-from vlm import IMAGE, TEXT, VIDEO, request, tiny_vlm
+from vlm import IMAGE, TEXT, request, tiny_vlm
 from vlm_processors import tokenizer
 
 import mmspec
@@ -307,17 +307,6 @@ def test_a_family_that_is_not_known_is_refused_with_images_only(monkeypatch):
         decoded(model, request("llava", ROWS), fixed("ngram"))
     text = request("llava", ROWS[2:])
     assert torch.equal(decoded(model, text, fixed("ngram")), decoded(model, text))
-
-
-def test_videos_are_refused():
-    model = tiny_vlm("qwen2_vl")
-    inputs = request("qwen2_vl", ROWS[:1])
-    inputs["input_ids"] = inputs["input_ids"].where(inputs["input_ids"] != IMAGE, VIDEO)
-    inputs["mm_token_type_ids"] *= 2
-    inputs["pixel_values_videos"] = inputs.pop("pixel_values")
-    inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
-    with pytest.raises(ValueError, match="videos are not supported for Qwen2VLFor"):
-        decoded(model, inputs, fixed("ngram"))
 
 
 def test_layers_without_masks_of_their_own_are_refused():
