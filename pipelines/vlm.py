@@ -147,8 +147,9 @@ class SpeculativeVLMPipeline(WritingPipeline):
         requests = as_requests(prompt)
         plan = self._plan(WritingOptions(**options), len(requests))
         check_cache(cache, self.model, len(requests))
-        read = read_prompts(self.processor, requests, images, videos)
-        _check_videos(self.model, read)
+        has_videos = vision_language.FAMILIES[self.model.config.model_type].videos is not None
+        blind = None if has_videos else type(self.model).__name__
+        read = read_prompts(self.processor, requests, images, videos, blind=blind)
         inputs = self._encode(read)
         is_token_BP = inputs["attention_mask"].bool()
         pairs = zip(inputs["input_ids"], is_token_BP, strict=True)
@@ -184,6 +185,11 @@ class SpeculativeVLMPipeline(WritingPipeline):
         images = [prompt.images for prompt in prompts]
         clips = [clip for prompt in prompts for clip in prompt.videos]
         videos: dict[str, Any] = {}
+        if clips and any(images) and self.model.config.model_type == "smolvlm":
+            raise ValueError(
+                "the processor of SmolVLM reads images or videos in a call, not both; pass the "
+                "frames as images"
+            )
         if clips:
             videos = {
                 "videos": [clip.frames for clip in clips],
@@ -202,20 +208,3 @@ class SpeculativeVLMPipeline(WritingPipeline):
         # Times between frames keep their precision.
         pixels = {name: encoded[name].to(self.dtype) for name in PIXELS.values() if name in encoded}
         return {**encoded, **pixels}
-
-
-def _check_videos(model: Any, prompts: Sequence[ReadPrompt]) -> None:
-    """Refuses videos that the family has no place for.
-
-    Raises:
-        ValueError: Naming the model's class.
-    """
-    has_videos = any(prompt.videos for prompt in prompts)
-    kind = vision_language.FAMILIES[model.config.model_type].videos
-    if has_videos and kind is None:
-        raise ValueError(f"{type(model).__name__} reads no videos; pass their frames as images")
-    if has_videos and model.config.model_type == "smolvlm" and any(p.images for p in prompts):
-        raise ValueError(
-            "the processor of SmolVLM reads images or videos in a call, not both; pass the frames "
-            "as images"
-        )

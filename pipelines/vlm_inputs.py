@@ -52,7 +52,12 @@ class ReadPrompt:
 
 
 def read_prompts(
-    processor: Any, requests: Sequence[Prompt], images: Any, videos: Any
+    processor: Any,
+    requests: Sequence[Prompt],
+    images: Any,
+    videos: Any,
+    *,
+    blind: str | None,
 ) -> list[ReadPrompt]:
     """Prompts as text, with their images and videos opened.
 
@@ -61,6 +66,7 @@ def read_prompts(
         requests: The prompts.
         images: Those that stand beside the prompts, as `SpeculativeVLMPipeline` takes them.
         videos: The same.
+        blind: Name of the model if it reads no videos.
 
     Raises:
         ValueError: If a prompt is of another kind, or has not as many images or videos as places,
@@ -71,7 +77,13 @@ def read_prompts(
         "video": _by_request("videos", videos, len(requests), _as_videos),
     }
     return [
-        _read(processor, request, {kind: given[index] for kind, given in beside.items()}, index)
+        _read(
+            processor,
+            request,
+            {kind: given[index] for kind, given in beside.items()},
+            f"prompt {index}",
+            blind,
+        )
         for index, request in enumerate(requests)
     ]
 
@@ -115,10 +127,13 @@ def _is_clip(entry: Any) -> bool:
 
 
 def _read(
-    processor: Any, request: Prompt, given: Mapping[str, list[Any]], index: int
+    processor: Any,
+    request: Prompt,
+    given: Mapping[str, list[Any]],
+    name: str,
+    blind: str | None,
 ) -> ReadPrompt:
     """One prompt."""
-    name = f"prompt {index}"
     if isinstance(request, Tensor):
         raise ValueError(f"{name} is token ids; pass a text or a chat, which say where images go")
     if isinstance(request, str):
@@ -134,8 +149,10 @@ def _read(
     for kind, own in found.items():
         token = getattr(processor, f"{kind}_token", None)
         places = text.count(token) if token is not None else 0
-        if own and kind == "video" and getattr(processor, "video_processor", None) is None:
-            raise ValueError(f"{name} has videos, and {type(processor).__name__} reads none")
+        if own and kind == "video" and blind is not None:
+            raise ValueError(
+                f"{name} has videos, and {blind} reads none; pass their frames as images"
+            )
         if places != len(own):
             raise ValueError(
                 f"{name} has {places} places for {kind}s ({token!r}) and {len(own)} {kind}s"

@@ -60,10 +60,17 @@ def test_parts_give_the_tokens_of_the_whole(name):
     assert max(widths.seen) == longest
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3"])
+#: The last one has layers of both kinds.
+TEXT_MODELS = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 4},
+    "Qwen2": {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
 def test_text_models_are_read_in_parts(name):
-    changes = {} if name == "Llama" else {"sliding_window": 4}
-    model = tiny_model(name, **changes)
+    model = tiny_model(name, **TEXT_MODELS[name])
     ids = torch.tensor([[0, 0, 0, 7, 3, 7, 3, 7], [5, 6, 5, 6, 5, 6, 5, 6]])
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
     expected = decoded(model, inputs)
