@@ -42,13 +42,15 @@ class Features:
         deepstack: What is added to the hidden states behind the first layers, ``[R, D]`` each; None
             where the family has nothing of the kind.
         kind: Class of the tower's output.
-        is_stacked: The model wants a tensor ``[1, R, D]``, otherwise a list of ``[R, D]``.
+        is_stacked: The model wants a tensor of items ``[items, R, D]``, otherwise a list of them.
+        sizes: Rows of each item.
     """
 
     rows_RD: Tensor
     deepstack: tuple[Tensor, ...] | None
     kind: type
     is_stacked: bool
+    sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, output: Any) -> "Features":
@@ -59,20 +61,24 @@ class Features:
             deepstack=None if deepstack is None else tuple(map(_flat, deepstack)),
             kind=type(output),
             is_stacked=isinstance(output.pooler_output, Tensor),
+            sizes=tuple(map(len, output.pooler_output)),
         )
 
     @classmethod
     def joined(cls, parts: Sequence["Features"]) -> "Features":
-        """The rows of one item behind those of the other."""
+        """The items of one behind those of the other."""
         first = parts[0]
-        if len(parts) == 1:
-            return first
         deepstack = None
         if first.deepstack is not None:
             layers = zip(*(part.deepstack or () for part in parts), strict=True)
-            deepstack = tuple(torch.cat(layer) for layer in layers)
-        rows_RD = torch.cat([part.rows_RD for part in parts])
-        return cls(rows_RD, deepstack, first.kind, first.is_stacked)
+            deepstack = tuple(map(torch.cat, layers))
+        return cls(
+            rows_RD=torch.cat([part.rows_RD for part in parts]),
+            deepstack=deepstack,
+            kind=first.kind,
+            is_stacked=first.is_stacked,
+            sizes=tuple(size for part in parts for size in part.sizes),
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -80,13 +86,23 @@ class Features:
         return sum(each.nbytes for each in (self.rows_RD, *(self.deepstack or ())))
 
     def take(self, index: Tensor) -> Any:
-        """Some rows, as the model's forward takes them."""
+        """Some rows as one item, as the model's forward takes them."""
         index = index.to(self.rows_RD.device)
-        rows_RD = self.rows_RD[index]
+        return self._output([len(index)], lambda rows_RD: rows_RD[index])
+
+    def whole(self) -> Any:
+        """All items, as the model's tower returns them."""
+        return self._output(self.sizes, lambda rows_RD: rows_RD)
+
+    def _output(self, sizes: Sequence[int], picked: Callable[[Tensor], Tensor]) -> Any:
+        def items(rows_RD: Tensor) -> list[Tensor]:
+            return list(picked(rows_RD).split(list(sizes)))
+
+        rows = picked(self.rows_RD).unflatten(0, (len(sizes), -1)) if self.is_stacked else None
         more = {}
         if self.deepstack is not None:
-            more["deepstack_features"] = [[layer[index]] for layer in self.deepstack]
-        return self.kind(pooler_output=rows_RD[None] if self.is_stacked else [rows_RD], **more)
+            more["deepstack_features"] = [items(layer) for layer in self.deepstack]
+        return self.kind(pooler_output=items(self.rows_RD) if rows is None else rows, **more)
 
 
 def cutter(

@@ -95,23 +95,23 @@ def extras_in_generate(
     family = FAMILIES[model.config.model_type]
     encoded = inputs.get("mm_encoder_outputs") or {}
     encoded = {name: output for name, output in encoded.items() if output is not None}
+    features = {modality: Features.of(output) for modality, output in encoded.items()}
     past = inputs.get("past_key_values")
     num_columns = 0 if past is None else past.get_seq_length()
+    num_cached = is_token_BP[:, :num_columns].sum(1).tolist()
     if num_columns > 0:
-        has_images = _has_any(rows, _placeholders(model.config))
-        _check_continued(type(model).__name__, family, bool(encoded), has_images)
-        # A cache says nothing of either; and the images given are not those of the whole prompt.
-        inputs = {**inputs, "token_type_ids": None, "position_ids": None}
+        positions = _axes(model, rows, given) if family.has_axes else None
+        has_images = _count(rows, _placeholders(model.config)) > 0
+        is_unplaced = family.has_axes and has_images and positions is None
+        _check_continued(type(model).__name__, family, bool(features), is_unplaced)
+        inputs = {**inputs, "token_type_ids": None, "position_ids": positions}
+        tokens = placeholder_tokens(model, features).values()
+        if sum(sum(own.sizes) for own in features.values()) == _count(rows, tokens):
+            # The images in the cache were given again.
+            num_cached = [0] * rows.num_rows
+        # A drafter would have to see the cached ones.
         given = {}
-    return extras_of(
-        model,
-        rows,
-        {modality: Features.of(output) for modality, output in encoded.items()},
-        inputs,
-        is_token_BP,
-        given,
-        num_cached=is_token_BP[:, :num_columns].sum(1).tolist(),
-    )
+    return extras_of(model, rows, features, inputs, is_token_BP, given, num_cached=num_cached)
 
 
 def extras_of(
@@ -165,10 +165,15 @@ def extras_of(
         theirs = prepare(other, given, num_rows=rows.num_rows)
         return extras_in_generate(other, rows, theirs, is_token_BP, given)
 
+    whole: dict[str, Any] = {}
+    if features:
+        whole["mm_encoder_outputs"] = {kind: own.whole() for kind, own in features.items()}
+    if types_BP is not None:
+        whole["token_type_ids"] = types_BP
     is_whole = not any(num_cached)
     is_shown = any(given.get(pixels) is not None for pixels in PIXELS.values())
     return PromptExtras(
-        inputs=part(num_cached, rows.prompt_lengths) if is_whole else {},
+        inputs=whole if is_whole else {},
         part=part,
         wholes=_wholes(types_BP, family.causal_type, rows),
         place=_place(family, rows, inputs.get("position_ids"), is_token_BP),
@@ -248,19 +253,41 @@ def prepare(model: Any, given: Mapping[str, Any], *, num_rows: int | None = None
 
 
 def _check_continued(
-    name: str, family: VisionLanguageFamily, has_features: bool, has_images: bool
+    name: str, family: VisionLanguageFamily, has_features: bool, is_unplaced: bool
 ) -> None:
     """Refuses turns whose positions or masks the cache does not determine."""
     remedy = "pass the whole prompt with all its images and no past_key_values"
-    if family.has_axes and has_images:
+    if is_unplaced:
         raise ValueError(
-            f"past_key_values of {name} do not tell at which position an image ended; {remedy}"
+            f"past_key_values of {name} do not tell at which position an image ended; {remedy}, or "
+            "mm_token_type_ids and the grids of the whole prompt as well"
         )
     if family.causal_type is not None and has_features:
         raise ValueError(
             f"new images behind past_key_values are not supported for {name}, whose images are "
             f"not read causally; {remedy}"
         )
+
+
+def _axes(model: Any, rows: TokenRows, given: Mapping[str, Any]) -> Tensor | None:
+    """Positions of whole prompts behind a cache, ``[A, B, P]``.
+
+    None where the grids given are not those of all images and videos in the prompts.
+    """
+    ids, types = given.get("input_ids"), given.get("mm_token_type_ids")
+    if ids is None or types is None or types.shape != ids.shape:
+        return None
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    known = {name: given[name] for name in names if given.get(name) is not None}
+    grids = [value for name, value in known.items() if name.endswith("thw")]
+    merged = model.config.vision_config.spatial_merge_size**2
+    if sum(int(grid.prod(-1).sum()) for grid in grids) != int((types != 0).sum()) * merged:
+        return None
+    positions, _ = model.base_model.get_rope_index(
+        ids, mm_token_type_ids=types, attention_mask=given.get("attention_mask"), **known
+    )
+    whole: Tensor = positions.repeat_interleave(rows.num_rows // len(ids), dim=1)
+    return whole
 
 
 def _placeholders(config: Any) -> frozenset[int]:
@@ -270,8 +297,8 @@ def _placeholders(config: Any) -> frozenset[int]:
     return frozenset(int(token) for token in ids if token is not None)
 
 
-def _has_any(rows: TokenRows, tokens: frozenset[int]) -> bool:
-    return any(not tokens.isdisjoint(row) for row in rows.host_tokens)
+def _count(rows: TokenRows, tokens: Collection[int]) -> int:
+    return sum(token in tokens for row in rows.host_tokens for token in row)
 
 
 def _right_padded(values_BP: Tensor, is_token_BP: Tensor, padding: int) -> Tensor:

@@ -233,6 +233,33 @@ def test_a_new_image_behind_a_reused_cache():
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("name", AXES)
+@pytest.mark.parametrize(
+    ("rows", "more"), [(ROWS[:2], [3, 4, 1, 2]), (ROWS[1:2], [(2, 2), 6, (1, 3), 5])]
+)
+def test_positions_behind_a_cache_come_from_the_grids_of_the_whole_prompt(name, rows, more):
+    """The tokens are those of a fresh run; alone, transformers goes on from its latest request."""
+    model = tiny_vlm(name)
+    cache, first = filled_cache(model, request(name, rows), fixed("ngram"))
+    answers = first[:, -NUM_NEW:].tolist()
+    # Another request leaves its own end on the model.
+    decoded(model, request(name, [[(3, 3), 1]]))
+    longer = [[*row, *answer, *more] for row, answer in zip(rows, answers, strict=True)]
+    inputs, expected = request(name, longer), decoded(model, request(name, longer))
+    if not any(isinstance(item, tuple) for item in more):
+        del inputs["pixel_values"]
+    assert torch.equal(decoded(model, inputs, fixed("jacobi"), **cache), expected)
+    assert cache["past_key_values"].get_seq_length() == expected.shape[1] - 1
+
+
+def test_images_that_are_given_again_behind_a_cache_are_not_read_again():
+    model = tiny_vlm("llava")
+    cache, first = filled_cache(model, request("llava", ROWS[:1]), fixed("ngram"))
+    longer = [[*ROWS[0], *first[0, -NUM_NEW:].tolist(), (1, 1), 6, 5]]
+    out = decoded(model, request("llava", longer), fixed("ngram"), **cache)
+    assert torch.equal(out, decoded(model, request("llava", longer)))
+
+
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
