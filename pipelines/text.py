@@ -185,7 +185,7 @@ class SpeculativeTextPipeline(WritingPipeline):
         cache = claimed(cache, self.model, engine, prompts, num_cached)
         written = self._write(plan, engine, rows)
         # The last token of a row, its root, has no keys yet.
-        cache.tokens = [tokens[:-1] for tokens in rows.host_tokens]
+        cache.tokens = [[*tokens[:-1]] for tokens in rows.host_tokens]
         output = TurnOutput(**written, cache=cache)
         return output if return_dict else (output.texts, output.tokens)
 

@@ -54,8 +54,9 @@ class SpeculativeVLMPipeline(WritingPipeline):
         """
         super().__init__(model, processor.tokenizer, drafter=drafter, schedule=schedule)
         self.processor = processor
-        is_made = isinstance(image_cache, FeatureCache)
-        self.image_cache = image_cache if is_made else FeatureCache(image_cache)
+        if not isinstance(image_cache, FeatureCache):
+            image_cache = FeatureCache(image_cache)
+        self.image_cache: FeatureCache = image_cache
         known = sorted(vision_language.FAMILIES)
         require_known("model type", self.model.config.model_type, known)
 

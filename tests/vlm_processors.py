@@ -5,6 +5,7 @@ from typing import Any
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import is_num2words_available
 from vlm import TOWER
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,:;!?-0123456789\n'()+="
@@ -93,6 +94,19 @@ def idefics3() -> Any:
     )
 
 
+def smolvlm() -> Any:
+    edge = {"longest_edge": SIDE}
+    return transformers.SmolVLMProcessor(
+        transformers.SmolVLMImageProcessor(
+            size=edge, max_image_size=edge, do_image_splitting=False
+        ),
+        tokenizer(),
+        transformers.SmolVLMVideoProcessor(size=edge, max_image_size=edge),
+        image_seq_len=4,
+        chat_template=TEMPLATE,
+    )
+
+
 def gemma3() -> Any:
     return transformers.Gemma3Processor(
         transformers.Gemma3ImageProcessor(size=SQUARE),
@@ -171,3 +185,6 @@ PROCESSORS = {
     "qwen2_vl": qwen("Qwen2VLProcessor"),
     "qwen3_vl": qwen("Qwen3VLProcessor"),
 }
+if is_num2words_available():
+    # It writes the number of frames as a word.
+    PROCESSORS["smolvlm"] = smolvlm

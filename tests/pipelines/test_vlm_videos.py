@@ -12,6 +12,7 @@ from vlm_processors import PROCESSORS
 
 from mmspec.adapters.vision_language import FAMILIES
 from mmspec.pipelines import SpeculativeVLMPipeline
+from mmspec.pipelines.turns import num_common
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 FILMED = sorted(name for name in PROCESSORS if FAMILIES[name].videos is not None)
@@ -100,7 +101,10 @@ def chats_for(name):
 def test_greedy_is_that_of_generate(name):
     pipe = make_pipe(name)
     chats = chats_for(name)
-    if name in ("llava_onevision", "internvl"):
+    if name == "smolvlm":
+        # Its processor reads images or videos in a call.
+        chats = chats[:3]
+    if name in ("llava_onevision", "internvl", "smolvlm"):
         # Their processors stack all videos of a call, which must have as many frames.
         chats[1] = [said("tell ", film(2), "from ", film(3), "abcabc")]
     expected = [generated(pipe, chat) for chat in chats]
@@ -121,11 +125,14 @@ def test_a_turn_behind_a_video_reads_only_what_is_new(name):
     hook = pipe.model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    known = len(first.cache.tokens[0])
+    known = first.cache.tokens[0]
     out = pipe(chat, cache=first.cache, **OPTIONS)
     hook.remove()
     assert tokens_of(out) == tokens_of(fresh(chat, **OPTIONS))
-    assert widths[0] == len(out.cache.tokens[0]) + 1 - OPTIONS["max_new_tokens"] - known
+    # The template that SmolVLM takes for videos writes an answer otherwise than it asks for one.
+    shared = num_common(known, out.cache.tokens[0])
+    assert shared == len(known) if name != "smolvlm" else shared > len(known) - 8
+    assert widths[0] == len(out.cache.tokens[0]) + 1 - OPTIONS["max_new_tokens"] - shared
     misses = pipe.image_cache.num_misses
     pipe(chat, **OPTIONS)
     assert pipe.image_cache.num_misses == misses
@@ -177,11 +184,11 @@ def test_frames_a_second_place_the_tokens():
 def test_a_file_is_decoded(tmp_path):
     import av
 
-    path = tmp_path / "a.mkv"
+    path = tmp_path / "a.mov"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=4)
+        stream = container.add_stream("png", rate=4)
         stream.width = stream.height = 8
-        stream.pix_fmt = "bgr0"
+        stream.pix_fmt = "rgb24"
         for frame in film(1):
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
@@ -251,9 +258,13 @@ def test_families_without_videos_say_so(name):
         pipe([said(picture(1), film(1), "a")])
 
 
-def test_images_and_videos_of_one_token_are_refused():
-    with pytest.raises(ValueError, match="has one token for images and for videos"):
-        make_pipe("glm_ocr")([said(picture(1), film(1), "a")])
+MIXED = {"glm_ocr": "has one token for images and", "smolvlm": "reads images or videos in a call"}
+
+
+@pytest.mark.parametrize("name", sorted(MIXED.keys() & PROCESSORS.keys()))
+def test_images_beside_videos_may_be_refused(name):
+    with pytest.raises(ValueError, match=MIXED[name]):
+        make_pipe(name)([said(picture(1), film(1), "a")])
 
 
 def test_the_class_of_transformers_is_there():
