@@ -6,7 +6,7 @@ Scores, cells and indices of this file belong to the visual tokens of one row, i
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,12 +18,10 @@ from mmspec.rows import TokenRows
 #: Share of the cache's visual tokens that a target drafts over where none is named.
 DEFAULT_SHARE = 0.1
 #: The most attended tokens are taken until they have this part of the attention; the rest of the
-#: share is spread evenly (SpecVLM, arXiv:2508.16201, section 3, and its code).
+#: share is spread evenly (SpecVLM, arXiv:2508.16201, and its code).
 ATTENDED_MASS = 0.4
 
-_OPTION = re.compile(
-    r"(?P<reuse>reuse\+)?(?P<choice>all|none|uniform|attention|pool|self)(:(?P<amount>[0-9.]+))?"
-)
+_WITH_NUMBER = re.compile(r"(reuse\+)?(uniform|attention|pool|self):([0-9]*\.?[0-9]+)")
 _RULE = (
     "'all', 'none', 'reuse', 'uniform:S', 'attention:S', 'pool:K', 'self' or 'self:S' with a share "
     "S above 0 and at most 1 and an integer K >= 2, with 'reuse+' before 'uniform', 'attention' "
@@ -40,12 +38,14 @@ class VisualTokens:
         share: Largest share of a row's visual tokens that is kept, at least one of them.
         side: Side of the squares that "pool" takes the mean of, in visual tokens.
         reuse: The drafter is given the target's features; its own tower does not run.
+        option: As the user wrote it.
     """
 
     choice: str = "none"
     share: float = 1.0
     side: int = 1
     reuse: bool = False
+    option: str = field(default="none", compare=False)
 
     @classmethod
     def parse(cls, option: object) -> "VisualTokens":
@@ -54,35 +54,24 @@ class VisualTokens:
         Raises:
             ValueError: If it is none of the known ones, or a number is out of its range.
         """
-        text = "reuse+all" if option == "reuse" else option
-        match = _OPTION.fullmatch(text) if isinstance(text, str) else None
-        require(match is not None, "visual_tokens", _RULE, option)
-        assert match is not None
-        choice, amount, reuse = match["choice"], match["amount"], match["reuse"] is not None
-        share, side = 1.0, 1
-        if choice in ("all", "none", "self") and amount is None:
-            share = DEFAULT_SHARE if choice == "self" else 1.0
-        elif choice == "pool":
-            is_side = amount is not None and amount.isdecimal() and int(amount) >= 2
-            require(is_side, "visual_tokens", _RULE, option)
-            side = int(amount)
+        text = option if isinstance(option, str) else ""
+        if text in ("all", "none", "reuse", "self"):
+            share = DEFAULT_SHARE if text == "self" else 1.0
+            choice = "all" if text == "reuse" else text
+            return cls(choice=choice, share=share, reuse=text == "reuse", option=text)
+        match = _WITH_NUMBER.fullmatch(text)
+        reuse, choice, number = match.groups() if match else (None, "", "0")
+        if choice == "pool":
+            is_good = number.isdecimal() and int(number) >= 2
         else:
-            is_number = amount is not None and re.fullmatch(r"\d+(\.\d+)?|\.\d+", amount)
-            is_share = is_number and choice not in ("all", "none") and 0 < float(amount) <= 1
-            require(bool(is_share), "visual_tokens", _RULE, option)
-            share = float(amount)
-        is_shown = choice not in ("none", "self") and option != "reuse+all"
-        require(is_shown or not reuse, "visual_tokens", _RULE, option)
-        return cls(choice=choice, share=share, side=side, reuse=reuse)
+            is_good = 0 < float(number) <= 1 and not (choice == "self" and reuse)
+        require(is_good, "visual_tokens", _RULE, option)
+        of_choice = {"side": int(number)} if choice == "pool" else {"share": float(number)}
+        return cls(choice=choice, reuse=bool(reuse), option=text, **of_choice)
 
     def __str__(self) -> str:
-        """The option as users write it."""
-        amounts = {"uniform": self.share, "attention": self.share, "self": self.share}
-        amount = self.side if self.choice == "pool" else amounts.get(self.choice)
-        text = self.choice if amount is None else f"{self.choice}:{amount:g}"
-        if not self.reuse:
-            return text
-        return "reuse" if self.choice == "all" else f"reuse+{text}"
+        """As the user wrote it."""
+        return self.option
 
     def num_kept(self, count: int) -> int:
         """How many of some visual tokens are kept; none of none."""
@@ -171,7 +160,7 @@ def most_attended(scores: Tensor, kept: int) -> Tensor:
     """
     order = scores.argsort(descending=True, stable=True)
     mass = scores[order].cumsum(0)
-    enough = int((mass < ATTENDED_MASS * mass[-1]).sum()) + 1
+    enough = int((mass < ATTENDED_MASS * mass[-1:]).sum()) + 1
     is_kept = torch.zeros(len(scores), dtype=torch.bool)
     is_kept[order[: min(enough, kept)].cpu()] = True
     rest = (~is_kept).nonzero()[:, 0]

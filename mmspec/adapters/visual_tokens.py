@@ -265,8 +265,9 @@ def _features(output: Any, is_kept: Tensor, cell: Tensor | None) -> Any:
         flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
         if cell is not None:
             group = cell.unique(return_inverse=True)[1].to(flat.device)
-            means = flat.new_zeros(int(group.max()) + 1, flat.shape[1])
-            flat = means.index_reduce_(0, group, flat, "mean", include_self=False)[group]
+            counts = group.bincount()[:, None].to(flat.dtype)
+            sums = flat.new_zeros(len(counts), flat.shape[1]).index_add_(0, group, flat)
+            flat = (sums / counts)[group]
         flat = flat[is_kept.to(flat.device)]
         return flat[None] if isinstance(features, Tensor) else [flat]
 
