@@ -73,7 +73,11 @@ class PromptImages:
         self._own = own
         self._load = load
         self._has_pictures = has_pictures
-        self._places = places_of(rows, own.placeholders)
+
+    @functools.cached_property
+    def _places(self) -> list[list[int]]:
+        """Where the visual tokens of each row stand; not looked up where no drafter asks."""
+        return places_of(self._rows, self._own.placeholders)
 
     def seen_by(
         self, other: Any, sights: Sequence[VisualTokens], forward: SlotForward
@@ -253,7 +257,8 @@ def _check_same_tower(target: Any, other: Any, sight: VisualTokens) -> None:
         is_alike = one.shape == two.shape and one.dtype == two.dtype
         return one is two or (is_alike and torch.equal(one, two.to(one.device)))
 
-    for mine, theirs in ((settings(target), settings(other)), (weights(target), weights(other))):
+    for part in (settings, weights):
+        mine, theirs = part(target), part(other)
         for name in sorted(mine.keys() | theirs.keys()):
             if not same(mine.get(name), theirs.get(name)):
                 raise ValueError(
