@@ -210,10 +210,9 @@ def measured(engine: Any, *, counted: bool) -> Sample:
         engine.drafter._view = lambda: replace(view(), place=None)
     sample = prefilled(engine)
     stats = engine.run().stats
-    read = engine.drafter.num_prompt_tokens[0]
     return sample | {
         "num_prompt_tokens": engine.target.rows.prompt_lengths[0],
-        "num_read": read,
+        "num_read": sum(engine.drafter.num_prompt_tokens),
         "num_units": stats.num_units,
         "num_forwards": stats.num_target_forwards,
         "num_steps": len(engine.ledger.steps),
@@ -229,9 +228,9 @@ def main(
     drafter: Annotated[str, typer.Option(help="The same; empty is a clone of the model.")] = "",
     images: Annotated[Path | None, typer.Option(help="Folder of pictures.")] = None,
     question: Annotated[str, typer.Option(help="Asked about each picture.")] = "Read this page.",
-    options: Annotated[str, typer.Option(help="visual_tokens, separated by commas.")] = (
+    options: Annotated[str, typer.Option(help="visual_tokens; with & between them, mixed.")] = (
         "all,uniform:0.5,uniform:0.2,uniform:0.1,uniform:0.05,uniform:0.01,attention:0.5,"
-        "attention:0.2,attention:0.1,attention:0.05,attention:0.01,pool:2,pool:4,none,"
+        "attention:0.2,attention:0.1,attention:0.05,attention:0.01,pool:2,pool:4,none,all&none,"
         "self:0.5,self:0.2,self:0.1,self:0.05,self:0.01"
     ),
     counted: Annotated[bool, typer.Option(help="Also with positions counted from 0.")] = False,
@@ -303,12 +302,18 @@ def loaded(
 
 
 def _spec(option: str, small: Any) -> dict[str, Any]:
+    if "&" in option:
+        return {"name": "mixed", "model": small, "members": option.split("&")}
     spec = {"name": "model", "visual_tokens": option}
     return spec if option.startswith("self") else spec | {"model": small}
 
 
 def _is_shortened(option: str) -> bool:
-    return VisualTokens.parse(option).choice in ("uniform", "attention", "pool")
+    return "&" not in option and VisualTokens.parse(option).choice in (
+        "uniform",
+        "attention",
+        "pool",
+    )
 
 
 def summed(name: str, option: str, scheme: str, samples: Sequence[Sample]) -> Sample:
