@@ -9,9 +9,10 @@ Shape suffixes as in `mmspec.records`, and
     A  axes of a position: 1, or time, height, width     P  columns of the padded prompts
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmspec.adapters.image_features import PIXELS, Features, cutter
+from mmspec.adapters.visual_tokens import PromptImages
 from mmspec.forward import PromptExtras
 from mmspec.rows import TokenRows
 
@@ -156,14 +158,20 @@ def extras_of(
             read["token_type_ids"] = types_BP[:, : max(counts)]
         return read
 
-    def seen_by(other: Any) -> PromptExtras:
+    def load(other: Any) -> Callable[[], PromptExtras]:
         if _placeholders(other.config) != placeholders or other.config.model_type not in FAMILIES:
             raise ValueError(
                 f"{type(other).__name__} does not read the images of {name}'s prompts; use "
                 "visual_tokens='none'"
             )
-        theirs = prepare(other, given, num_rows=rows.num_rows)
-        return extras_in_generate(other, rows, theirs, is_token_BP, given)
+        # Nothing to read: what is refused is refused before the other tower runs.
+        extras_in_generate(other, rows, {}, is_token_BP, {})
+
+        def read() -> PromptExtras:
+            theirs = prepare(other, given, num_rows=rows.num_rows)
+            return extras_in_generate(other, rows, theirs, is_token_BP, given)
+
+        return read
 
     whole: dict[str, Any] = {}
     if features:
@@ -172,14 +180,25 @@ def extras_of(
         whole["token_type_ids"] = types_BP
     is_whole = not any(num_cached)
     is_shown = any(given.get(pixels) is not None for pixels in PIXELS.values())
-    return PromptExtras(
+    extras = PromptExtras(
         inputs=whole if is_whole else {},
         part=part,
         wholes=_wholes(types_BP, family.causal_type, rows),
         place=_place(family, rows, inputs.get("position_ids"), is_token_BP),
+        padding=family.causal_type or 0,
         placeholders=placeholders,
-        seen_by=seen_by if is_shown and (features or not is_whole) else None,
     )
+    if not is_whole and not is_shown and _count(rows, placeholders) > 0:
+        return extras
+    images = PromptImages(
+        model,
+        rows,
+        extras,
+        tokens_of=functools.partial(placeholder_tokens, model),
+        load=load,
+        has_pictures=is_shown,
+    )
+    return replace(extras, seen_by=images.seen_by)
 
 
 def check_layers(model: Any) -> None:
