@@ -9,17 +9,20 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmspec.adapters import vision_language
+from mmspec.adapters import encoder_decoder, vision_language
 from mmspec.checks import require, require_known
 from mmspec.drafters import DrafterSpec
+from mmspec.forward import PromptExtras
 from mmspec.pipelines.writing import (
     Message,
+    Plan,
     Prompt,
     WritingOptions,
     WritingPipeline,
     WrittenOutput,
     as_requests,
 )
+from mmspec.rows import TokenRows
 from mmspec.speculation import build_engine
 
 Picture = Image.Image | str | Path
@@ -60,7 +63,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
         """
         super().__init__(model, processor.tokenizer, drafter=drafter, schedule=schedule)
         self.processor = processor
-        known = sorted(vision_language.FAMILIES)
+        known = sorted([*vision_language.FAMILIES, *encoder_decoder.SEEING])
         require_known("model type", self.model.config.model_type, known)
 
     @classmethod
@@ -139,6 +142,16 @@ class SpeculativeVLMPipeline(WritingPipeline):
         requests = as_requests(prompt)
         plan = self._plan(WritingOptions(**options), len(requests))
         given = _images_by_request(images, len(requests))
+        is_encoded = self.model.config.model_type in encoder_decoder.FAMILIES
+        rows, extras = (self._encoded if is_encoded else self._shown)(plan, requests, given)
+        engine = build_engine(self.model, rows, plan.law, plan.settings, extras=extras)
+        output = WrittenOutput(**self._write(plan, engine, rows))
+        return output if return_dict else (output.texts, output.tokens)
+
+    def _shown(
+        self, plan: Plan, requests: list[Prompt], given: list[list[Picture]]
+    ) -> tuple[TokenRows, PromptExtras]:
+        """Rows whose prompts hold their images."""
         read = [
             self._read(request, own, index)
             for index, (request, own) in enumerate(zip(requests, given, strict=True))
@@ -149,9 +162,37 @@ class SpeculativeVLMPipeline(WritingPipeline):
         pairs = zip(inputs["input_ids"], is_token_BP, strict=True)
         rows = self._rows(plan, [ids[mask].tolist() for ids, mask in pairs])
         extras = vision_language.extras_in_generate(self.model, rows, prepared, is_token_BP, inputs)
-        engine = build_engine(self.model, rows, plan.law, plan.settings, extras=extras)
-        output = WrittenOutput(**self._write(plan, engine, rows))
-        return output if return_dict else (output.texts, output.tokens)
+        return rows, extras
+
+    def _encoded(
+        self, plan: Plan, requests: list[Prompt], given: list[list[Picture]]
+    ) -> tuple[TokenRows, PromptExtras]:
+        """Rows whose images, one each, an encoder reads; the text may be the decoder's."""
+        name = type(self.model).__name__
+        for index, (request, pictures) in enumerate(zip(requests, given, strict=True)):
+            require(isinstance(request, str), f"prompt {index} of {name}", "a text", request)
+            if len(pictures) != 1:
+                raise ValueError(f"prompt {index} of {name} needs one image, got {len(pictures)}")
+        images = [_opened(one, f"image 0 of prompt {k}") for k, [one] in enumerate(given)]
+        if encoder_decoder.FAMILIES[self.model.config.model_type].reads_text:
+            ids: list[list[int]] = [[] for _ in requests]
+            # Encoders count positions from the left.
+            encoded = self.processor(
+                text=requests,
+                images=images,
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+            )
+        else:
+            ids = self.tokenizer(requests, add_special_tokens=False)["input_ids"]
+            encoded = self.processor.image_processor(images, return_tensors="pt")
+        inputs = dict(encoded.to(self.device, self.dtype))
+        prepared = vision_language.prepare(self.model, inputs)
+        prompts = encoder_decoder.decoder_prompts(self.model, prepared, ids)
+        rows = self._rows(plan, prompts)
+        extras = encoder_decoder.extras_in_generate(self.model, rows, prepared, None, inputs)
+        return rows, extras
 
     def _read(
         self, request: Prompt, given: list[Picture], index: int

@@ -37,6 +37,12 @@ TEXT = {
     "forced_eos_token_id": None,
     "tie_word_embeddings": False,
 }
+STDS = {
+    "embed_positions.weight": 3.0,
+    "encoder_attn.out_proj.weight": 0.05,
+    "fc2.weight": 0.1,
+    "self_attn.out_proj.weight": 0.1,
+}
 FLORENCE_TOWER = {
     "depths": (1, 1),
     "patch_size": (3, 3),
@@ -148,9 +154,10 @@ def tiny_encoder_decoder(name: str, *, seed: int = 0, attention: str = "sdpa", *
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     for name, parameter in model.named_parameters():
-        # A slip in the positions must show.
-        if name.endswith("embed_positions.weight"):
-            torch.nn.init.normal_(parameter, std=1.0)
+        # Tokens and positions must show beside what the encoder says all the time.
+        for ending, std in STDS.items():
+            if name.endswith(ending):
+                torch.nn.init.normal_(parameter, std=std)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
     model.generation_config.decoder_start_token_id = START

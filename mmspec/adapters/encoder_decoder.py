@@ -61,6 +61,9 @@ FAMILIES = {
     ),
 }
 
+#: Those whose encoder reads an image.
+SEEING = tuple(name for name, family in FAMILIES.items() if family.reads_images)
+
 #: Model types of decoders whose positions the view can take over.
 DECODERS = ("bart", "mbart")
 
@@ -318,6 +321,29 @@ def extras_in_generate(
         texts=_texts(model, read),
         encode=encode,
     )
+
+
+def decoder_prompts(
+    model: Any, prepared: Mapping[str, Any], texts: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """What each row's decoder begins with, by the rule of `generate`.
+
+    Args:
+        model: The model.
+        prepared: What `prepare` says of its encoder's input.
+        texts: Token ids that the decoder is given, row by row.
+
+    Returns:
+        The start token and the text; only the text if that begins with the start token, or where
+        the encoder is Donut's, whose checkpoints begin with a token of their task.
+    """
+    encoder = getattr(model.config, "encoder", None)
+    has_own_start = "donut" in getattr(encoder, "model_type", "")
+    prompts = []
+    for start, text in zip(prepared["input_ids"].tolist(), texts, strict=True):
+        is_whole = len(text) > 0 and (has_own_start or text[:1] == start)
+        prompts.append(list(text) if is_whole else [*start, *text])
+    return prompts
 
 
 def _by_column(model: Any, rows: TokenRows, is_token_BP: Tensor) -> Callable[[Tensor], Tensor]:

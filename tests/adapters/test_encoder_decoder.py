@@ -1,0 +1,589 @@
+"""Encoder-decoders: the tokens of `generate`, whatever the encoder reads and whoever drafts."""
+
+import copy
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+from encoder_decoders import BOS, EOS, PAD, START, TEXT, VOCAB, request, tiny_encoder_decoder
+from tiny import tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import mmspec
+from mmspec import forward
+from mmspec.adapters import encoder_decoder
+from mmspec.adapters.encoder_decoder import decoder_of
+from mmspec.drafters.suffix import SuffixAutomaton
+from mmspec.drafters.trie import NgramTrie
+
+#: Family -> where its text is: in the encoder, in the decoder, or in both.
+FAMILIES = {
+    "bart": "both",
+    "donut": "decoder",
+    "florence2": "both",
+    "mbart": "both",
+    "nougat": "decoder",
+    "vit": "decoder",
+}
+#: What the encoders read besides a picture each: of three lengths, the longest last.
+TEXTS = [[1, 2, 3, 1, 2], [4, 5], [6, 7, 8, 9, 6, 7, 8, 1, 2]]
+DRAFTERS = ["ngram", "jacobi", {"name": "early_exit", "num_layers": 1}]
+NUM_NEW = 18
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def named(request):
+    return request.param, made(request.param)
+
+
+@functools.cache
+def made(name):
+    return tiny_encoder_decoder(name)
+
+
+def decoded(model, inputs, custom_generate=None, **options):
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False} | options
+    return model.generate(**inputs, **options, custom_generate=custom_generate)
+
+
+def fixed(drafter, width=6, **options):
+    return mmspec.speculate(drafter, width=width, schedule="fixed", **options)
+
+
+def clone_of(model):
+    return {"name": "model", "model": copy.deepcopy(model)}
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def uneven_ends(sequences):
+    """Tokens as ends of sequence by which rows end in different steps."""
+    rows = sequences[:, 1:].tolist()
+    by_token = {token: [row.index(token) for row in rows if token in row] for token in range(VOCAB)}
+    spread = {t: len(set(at)) + len(at) + (min(at) > 1) for t, at in by_token.items() if at}
+    return max(spread, key=spread.get)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_greedy_equals_generate(named, num_rows):
+    name, model = named
+    inputs = request(name, TEXTS[:num_rows])
+    expected = decoded(model, inputs)
+    assert len({tuple(row) for row in expected.tolist()}) > 1 or num_rows == 1
+    num_accepted = 0
+    for drafter in ["none", *DRAFTERS, clone_of(model)]:
+        fast = fixed(drafter)
+        assert torch.equal(decoded(model, inputs, fast), expected), drafter
+        num_accepted += fast.stats.num_accepted * (drafter in DRAFTERS)
+    assert num_accepted > 0
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].flip(-1)
+        assert not torch.equal(decoded(model, inputs), expected), "the picture must matter"
+
+
+@pytest.mark.parametrize("name", ["donut", "florence2"])
+def test_rows_end_at_different_times_and_are_not_fed_any_longer(name):
+    model = made(name)
+    inputs = request(name, TEXTS)
+    end = uneven_ends(decoded(model, inputs))
+    expected = decoded(model, inputs, eos_token_id=end)
+    ends = (expected == PAD).sum(1)
+    assert len(set(ends.tolist())) > 1, "rows must end unevenly"
+    for drafter in ["none", *DRAFTERS, clone_of(model), tiny_encoder_decoder(name, seed=3)]:
+        fed = []
+        hook = (
+            decoder_of(model)
+            .decoder.layers[-1]
+            .fc2.register_forward_hook(lambda _, args, out, fed=fed: fed.append(len(out)))
+        )
+        out = decoded(model, inputs, fixed(drafter), eos_token_id=end)
+        hook.remove()
+        assert torch.equal(out, expected), drafter
+        assert fed[0] == 3
+        assert fed[-1] < 3
+        assert fed == sorted(fed, reverse=True)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_both_kinds_of_attention(attention):
+    model = tiny_encoder_decoder("florence2", attention=attention)
+    inputs = request("florence2", TEXTS)
+    expected = decoded(model, inputs)
+    assert torch.equal(decoded(model, inputs, fixed("ngram")), expected)
+
+
+def test_a_seed_gives_the_same_tokens_with_every_drafter_and_in_every_batch(named):
+    name, model = named
+    inputs = request(name, TEXTS)
+
+    def sampled(inputs, seeds, drafter):
+        fast = fixed(drafter, generator=seeded(*seeds))
+        return decoded(model, inputs, fast, do_sample=True, top_p=0.9, temperature=2.0)
+
+    expected = sampled(inputs, [4, 5, 6], "none")
+    for drafter in [*DRAFTERS, clone_of(model)]:
+        assert torch.equal(sampled(inputs, [4, 5, 6], drafter), expected), drafter
+    for row, seed in enumerate([4, 5, 6]):
+        alone = {key: value[row : row + 1] for key, value in inputs.items()}
+        if "attention_mask" in alone:
+            kept = int(alone["attention_mask"].sum())
+            alone["input_ids"] = alone["input_ids"][:, :kept]
+            del alone["attention_mask"]
+        assert torch.equal(sampled(alone, [seed], "jacobi"), expected[row : row + 1])
+
+
+@pytest.mark.parametrize("name", ["donut", "florence2"])
+@pytest.mark.parametrize("drafter", ["ngram", "clone"])
+def test_returned_sequences_share_what_the_encoder_says(name, drafter):
+    model = made(name)
+    drafter = clone_of(model) if drafter == "clone" else drafter
+    fast = fixed(drafter, generator=seeded(4, 4, 5, 5))
+    options = {"do_sample": True, "num_return_sequences": 2, "temperature": 2.0}
+    out = decoded(model, request(name, TEXTS[:2]), fast, **options)
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[2], out[3])
+    options |= {"num_return_sequences": 1}
+    once = decoded(
+        model, request(name, TEXTS[:2]), fixed("none", generator=seeded(4, 5)), **options
+    )
+    assert torch.equal(out[::2], once)
+    if drafter != "ngram":
+        assert fast.stats.num_target_forwards == 1 + -(-NUM_NEW // 6)
+
+
+# --------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("name", ["donut", "nougat", "vit", "florence2"])
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [[START, 7, 8], [START, 9, 7], [START, 8, 8]],
+        [[7, 8, 9], [9, 7, 7], [8, 8, 8]],
+        [[PAD, PAD, START, 7], [START, 7, 8, 9], [PAD, START, 9, 9]],
+    ],
+    ids=["with start", "without start", "padded"],
+)
+def test_decoder_prompts(name, prompts):
+    """`generate` counts padding as positions, and puts a start token before it as well."""
+    model = made(name)
+    inputs = request(name, TEXTS)
+    inputs["decoder_input_ids"] = torch.tensor(prompts)
+    inputs["decoder_attention_mask"] = (inputs["decoder_input_ids"] != PAD).long()
+    expected = decoded(model, inputs)
+    for drafter in [*DRAFTERS, clone_of(model)]:
+        fast = fixed(drafter)
+        assert torch.equal(decoded(model, inputs, fast), expected), drafter
+    assert fast.stats.num_target_forwards == 1 + -(-NUM_NEW // 6)
+
+
+def test_ngrams_of_the_text_that_the_encoder_reads():
+    model = made("florence2")
+    memory = NgramTrie(max_match=8, max_draft=16)
+    fast = fixed({"name": "ngram", "memory": memory})
+    decoded(model, request("florence2", [[31, 32, 33, 34]]), fast)
+    stream = memory.open_stream()
+    memory.extend(stream, [31, 32])
+    assert memory.draft(stream, 2).tokens == [33, 34]
+    stream = memory.open_stream()
+    memory.extend(stream, [50])
+    assert memory.draft(stream, 2).tokens == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"no_repeat_ngram_size": 3},
+        {"forced_bos_token_id": BOS, "forced_eos_token_id": EOS},
+        {"min_length": 12, "eos_token_id": list(range(40))},
+        {"min_new_tokens": 5, "eos_token_id": list(range(40))},
+        {"repetition_penalty": 1.5},
+        {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2},
+        {"begin_suppress_tokens": [13, 36], "suppress_tokens": [47]},
+        {"bad_words_ids": [[13, 47], [36]]},
+        {"max_length": 9},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_processors_count_the_tokens_of_the_decoder(options):
+    model = made("florence2")
+    inputs = request("florence2", TEXTS)
+    expected = decoded(model, inputs, **options)
+    assert not torch.equal(expected, decoded(model, inputs))
+    for drafter in ["ngram", "jacobi", clone_of(model)]:
+        assert torch.equal(decoded(model, inputs, fixed(drafter), **options), expected), drafter
+
+
+# --------------------------------------------------------------------------- what runs, and how often
+
+
+def test_the_encoder_runs_once_and_its_keys_are_made_once(named):
+    name, model = named
+    calls = {}
+
+    def counted(module, args, out, key):
+        calls[key] = calls.get(key, 0) + 1
+
+    hooks = [
+        part.register_forward_hook(functools.partial(counted, key=key))
+        for key, part in model.named_modules()
+        if key.endswith(("encoder_attn.k_proj", "encoder_attn.q_proj", "encoder", "vision_tower"))
+    ]
+    fast = fixed({"name": "early_exit", "num_layers": 1})
+    decoded(model, request(name, TEXTS), fast)
+    for hook in hooks:
+        hook.remove()
+    keys = [count for key, count in calls.items() if key.endswith("k_proj")]
+    assert keys == [1] * TEXT["decoder_layers"]
+    assert {count for key, count in calls.items() if not key.endswith("_proj")} == {1}
+    assert max(count for key, count in calls.items() if key.endswith("q_proj")) > 10
+
+
+def test_a_clone_is_accepted_wholly_and_runs_its_encoder_once(named):
+    name, model = named
+    drafter = clone_of(model)
+    seen = []
+    encoder = drafter["model"].get_encoder()
+    encoder.register_forward_hook(lambda *_: seen.append(1))
+    fast = fixed(drafter)
+    decoded(model, request(name, TEXTS), fast)
+    assert fast.stats.num_target_forwards == 1 + -(-NUM_NEW // 6)
+    assert len(seen) == 1
+
+
+def test_a_drafter_whose_picture_is_another_is_not_believed(monkeypatch):
+    """The clone is accepted because of what its encoder sees."""
+    model = made("donut")
+    real = encoder_decoder.prepare
+
+    def flipped(model, given):
+        return real(model, {"pixel_values": given["pixel_values"].flip(-1)})
+
+    inputs = request("donut", TEXTS)
+    expected = decoded(model, inputs)
+    monkeypatch.setattr(encoder_decoder, "prepare", flipped)
+    fast = fixed(clone_of(model))
+    assert torch.equal(decoded(model, inputs, fast), expected)
+    assert fast.stats.num_target_forwards > 2 + -(-NUM_NEW // 6)
+
+
+@pytest.mark.parametrize("drafter", ["none", "jacobi", "early_exit", "model"])
+def test_a_step_reads_the_device_once(drafter, monkeypatch):
+    model, small = made("florence2"), tiny_encoder_decoder("florence2", seed=3)
+    reads, steps = [], []
+    real = {name: getattr(torch.Tensor, name) for name in READS}
+    step = mmspec.engine.Engine.step
+
+    def counting(name):
+        def read(self, *args, **kwargs):
+            reads.append(name)
+            return real[name](self, *args, **kwargs)
+
+        return read
+
+    def counted(engine):
+        reads.clear()
+        with monkeypatch.context() as patch:
+            for name in READS:
+                patch.setattr(torch.Tensor, name, counting(name))
+            done = step(engine)
+        steps.append(list(reads))
+        return done
+
+    monkeypatch.setattr(mmspec.engine.Engine, "step", counted)
+    spec = small if drafter == "model" else drafter
+    decoded(model, request("florence2", TEXTS), fixed(spec), eos_token_id=47)
+    assert len(steps) > 2
+    assert all(read == ["tolist"] for read in steps)
+
+
+READS = ["tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu"]
+
+
+@pytest.mark.parametrize("name", ["donut", "bart"])
+def test_a_compiled_decoder_is_one_graph_for_every_request(name, monkeypatch):
+    torch._dynamo.reset()
+    model = tiny_encoder_decoder(name)
+    counter = CompileCounterWithBackend("eager")
+
+    def counted(module):
+        if "_compiled_here" not in module.__dict__:
+            module.__dict__["_compiled_here"] = torch.compile(
+                module.forward, dynamic=False, fullgraph=True, backend=counter
+            )
+        return module.__dict__["_compiled_here"]
+
+    monkeypatch.setattr(forward, "compiled_forward", counted)
+    counts = []
+    for _ in range(2):
+        expected = decoded(model, request(name, TEXTS))
+        out = decoded(model, request(name, TEXTS), fixed("jacobi", compile=True))
+        assert torch.equal(out, expected)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+    assert 1 <= counts[0] <= 6
+    torch._dynamo.reset()
+
+
+class Breaks(StoppingCriteria):
+    """Raises in the middle of a request."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] > 5:
+            raise RuntimeError("broken off")
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_the_model_is_left_as_it_was(named):
+    name, model = named
+    modules, config = dict(model.named_modules()), model.config.to_json_string()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    own = {key: set(module.__dict__) for key, module in modules.items()}
+    fast = fixed({"name": "early_exit", "num_layers": 1})
+    decoded(model, request(name, TEXTS), fast)
+    with pytest.raises(RuntimeError, match="broken off"):
+        criteria = StoppingCriteriaList([Breaks()])
+        decoded(model, request(name, TEXTS), fast, stopping_criteria=criteria)
+    assert dict(model.named_modules()) == modules
+    assert model.config.to_json_string() == config
+    assert {key: set(module.__dict__) for key, module in modules.items()} == own
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_requests_of_several_threads_do_not_meet():
+    model = made("florence2")
+    inputs = [request("florence2", [text]) for text in TEXTS] * 2
+    expected = [decoded(model, one) for one in inputs]
+    with ThreadPoolExecutor(3) as pool:
+        outputs = list(pool.map(lambda one: decoded(model, one, fixed("jacobi")), inputs))
+    assert all(map(torch.equal, outputs, expected))
+
+
+def test_a_view_follows_the_model():
+    model = tiny_encoder_decoder("bart")
+    view = decoder_of(model)
+    assert decoder_of(model) is view
+    model.lm_head = copy.deepcopy(model.lm_head)
+    torch.nn.init.normal_(model.lm_head.weight)
+    assert decoder_of(model) is not view
+    inputs = request("bart", TEXTS)
+    assert torch.equal(decoded(model, inputs, fixed("jacobi")), decoded(model, inputs))
+
+
+# --------------------------------------------------------------------------- drafts that lie
+
+
+def nan_model(name):
+    model = tiny_encoder_decoder(name, seed=5)
+    torch.nn.init.constant_(model.get_output_embeddings().weight, torch.nan)
+    return model
+
+
+LIARS = {
+    "NaN": lambda: nan_model("donut"),
+    "other weights": lambda: tiny_encoder_decoder("donut", seed=5),
+    "smaller vocabulary": lambda: tiny_encoder_decoder(
+        "donut", seed=5, vocab_size=54, pad_token_id=53
+    ),
+    "fewer layers": lambda: tiny_encoder_decoder("donut", seed=5, decoder_layers=1),
+    "text only": lambda: tiny_model("Llama", vocab_size=VOCAB),
+    "foreign corpus": lambda: {"name": "ngram", "corpus": corpus([[START, 999, 10**9, -7] * 3])},
+}
+
+
+def corpus(texts):
+    automaton = SuffixAutomaton()
+    for text in texts:
+        automaton.add(text)
+    return automaton
+
+
+@pytest.mark.parametrize("liar", LIARS)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_bad_drafter_costs_speed_and_nothing_else(liar, do_sample):
+    model = made("donut")
+    drafter = LIARS[liar]()
+    outputs = [
+        decoded(
+            model,
+            request("donut", TEXTS),
+            fixed(one, generator=seeded(1, 2, 3)),
+            do_sample=do_sample,
+        )
+        for one in ("none", drafter)
+    ]
+    assert torch.equal(*outputs)
+
+
+# --------------------------------------------------------------------------- what comes back
+
+
+def test_the_cache_that_comes_back_is_that_of_generate():
+    model = made("florence2")
+    inputs = request("florence2", TEXTS)
+    end = uneven_ends(decoded(model, inputs))
+    options = {"return_dict_in_generate": True, "eos_token_id": end}
+    theirs = decoded(model, inputs, **options)
+    ours = decoded(model, inputs, fixed("jacobi"), **options)
+    assert type(ours) is type(theirs)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    halves = ("self_attention_cache", "cross_attention_cache")
+    for half in halves:
+        pairs = zip(
+            getattr(ours.past_key_values, half).layers,
+            getattr(theirs.past_key_values, half).layers,
+            strict=True,
+        )
+        is_token = (ours.sequences[:, :-1] != PAD)[:, None, :, None]
+        for our, their in pairs:
+            mask = is_token if half == halves[0] else torch.ones(1, dtype=torch.bool)
+            for a, b in ((our.keys, their.keys), (our.values, their.values)):
+                torch.testing.assert_close(a * mask, b * mask, rtol=1e-10, atol=1e-10)
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+def t5():
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **shape)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def captioner():
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    tower |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    decoder = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**tower), decoder
+    )
+    config.decoder_start_token_id = 0
+    return transformers.VisionEncoderDecoderModel(config)
+
+
+def test_other_encoder_decoders_are_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"T5ForConditionalGeneration .* not supported \(model type 't5'; known: b"
+    ):
+        decoded(t5(), {"input_ids": torch.tensor([[1, 2]])}, fixed("ngram"))
+    with pytest.raises(ValueError, match=r"VisionEncoderDecoderModel has a decoder of type 'gpt2'"):
+        decoded(captioner(), {"pixel_values": torch.rand(1, 3, 16, 16)}, fixed("ngram"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 3}, r"'beam_search' .* \(num_beams=3.*; pass num_beams=1"),
+        ({"guidance_scale": 2.0}, "guidance_scale is not supported for models that read images"),
+        ({"max_new_tokens": 96}, "context of 96"),
+        (
+            {
+                "past_key_values": transformers.EncoderDecoderCache(
+                    *[transformers.DynamicCache()] * 2
+                )
+            },
+            "past_key_values of an earlier call are not supported for encoder-decoders",
+        ),
+    ],
+    ids=["beams", "guidance", "context", "cache"],
+)
+def test_what_cannot_be_honoured_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        decoded(made("florence2"), request("florence2", TEXTS), fixed("ngram"), **options)
+
+
+def drafter_of_another_image_token():
+    model = tiny_encoder_decoder("florence2")
+    model.config.image_token_id = 49
+    return model
+
+
+@pytest.mark.parametrize(
+    ("drafter", "message"),
+    [
+        (lambda: made("bart"), "BartForConditionalGeneration does not read what Florence2For"),
+        (
+            drafter_of_another_image_token,
+            "the drafter's image_token_id is 49, that of the target 50",
+        ),
+        (
+            lambda: {"name": "model", "model": made("florence2"), "visual_tokens": "none"},
+            "visual_tokens='none' is not possible for Florence2ForConditionalGeneration",
+        ),
+        (
+            lambda: {"name": "model", "model": tiny_model("Llama"), "visual_tokens": "all"},
+            "LlamaForCausalLM does not read what Florence2ForConditionalGeneration's encoder reads",
+        ),
+    ],
+    ids=["family", "image token", "none", "all"],
+)
+def test_a_drafter_that_cannot_read_what_the_encoder_reads_is_refused(drafter, message):
+    with pytest.raises(ValueError, match=message):
+        decoded(made("florence2"), request("florence2", TEXTS), fixed(drafter()))
+
+
+def test_encoder_outputs_alone_are_nothing_for_a_drafter_with_an_encoder():
+    model = made("donut")
+    outputs = model.encoder(request("donut", TEXTS)["pixel_values"])
+    inputs = {"encoder_outputs": outputs}
+    expected = decoded(model, request("donut", TEXTS))
+    assert torch.equal(decoded(model, inputs, fixed("jacobi")), expected)
+    with pytest.raises(ValueError, match="needs pixel_values, and `generate` was given encoder_ou"):
+        decoded(model, inputs, fixed(clone_of(model)))
+
+
+# --------------------------------------------------------------------------- transformers alone
+
+
+def forwards_of(model):
+    """Forwards of a model from now on."""
+    counts = []
+    model.register_forward_hook(lambda *_: counts.append(1))
+    return counts
+
+
+@pytest.mark.parametrize("name", ["donut", "bart", "florence2"])
+def test_assisted_decoding_of_transformers_hardly_believes_a_clone(name):
+    """It feeds the drafter the whole prefix behind a filled cache, and shows Florence-2 no image."""
+    model = tiny_encoder_decoder(name)
+    inputs = request(name, TEXTS[:1])
+    expected = decoded(model, inputs)
+    counts = forwards_of(model)
+    assistant = tiny_encoder_decoder(name)
+    assistant.generation_config.num_assistant_tokens = 5
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0
+    assert torch.equal(decoded(model, inputs, assistant_model=assistant), expected)
+    assert len(counts) > 3 * -(-NUM_NEW // 6)
+    fast = fixed(clone_of(model))
+    assert torch.equal(decoded(model, inputs, fast), expected)
+    assert fast.stats.num_target_forwards == 1 + -(-NUM_NEW // 6)
+
+
+def test_transformers_counts_padding_of_decoder_prompts_as_positions():
+    model = made("nougat")
+    inputs = request("nougat", TEXTS[:2])
+    inputs["decoder_input_ids"] = torch.tensor([[START, 7, 8, 9], [PAD, PAD, START, 7]])
+    inputs["decoder_attention_mask"] = (inputs["decoder_input_ids"] != PAD).long()
+    alone = {
+        "pixel_values": inputs["pixel_values"][1:],
+        "decoder_input_ids": torch.tensor([[START, 7]]),
+    }
+    assert not torch.equal(decoded(model, inputs)[1:, 4:], decoded(model, alone)[:, 2:])
+
+
+def test_transformers_counts_a_decoder_by_the_layers_of_the_encoder():
+    model = tiny_encoder_decoder("donut", encoder_layers=1)
+    inputs = request("donut", TEXTS)
+    with pytest.raises(IndexError):
+        decoded(model, inputs)
+    plain = decoded(model, inputs, use_cache=False)
+    for drafter in DRAFTERS:
+        assert torch.equal(decoded(model, inputs, fixed(drafter)), plain)
