@@ -413,6 +413,8 @@ def _check_mode(
             f"speculate(); only greedy search and sampling can (num_beams={config.num_beams}, "
             f"assistant_model={type(dropped.get('assistant_model')).__name__}, "
             f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens})"
+            + "; pass num_beams=1"
+            * (config.num_beams > 1)
         )
     if dropped.get("synced_gpus"):
         raise ValueError("synced_gpus=True (ZeRO-3, FSDP) is not supported by speculate()")

@@ -83,6 +83,17 @@ class CrossCache(Cache):
             layer.stand()
 
 
+class BothHalves(EncoderDecoderCache):
+    """Self-attention and cross-attention of one forward."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: the decoder is given its mask, and its positions do not count.
+
+        A number that changes in every step would be compiled into the forward.
+        """
+        return 0
+
+
 class EncoderSlotCache(SlotCache):
     """A slot cache of a decoder that also attends to an encoder.
 
@@ -111,7 +122,7 @@ class EncoderSlotCache(SlotCache):
 
     def joint(self) -> EncoderDecoderCache:
         """Both halves as layers with cross-attention want them, for one forward."""
-        return EncoderDecoderCache(self, self.cross)
+        return BothHalves(self, self.cross)
 
     def export_cross(self, own: DynamicCache) -> EncoderDecoderCache:
         """An exported self-attention cache together with a copy of the encoder's keys."""

@@ -144,9 +144,9 @@ class DecoderView(nn.Module):
         embedded = self.decoder.embed_tokens(input_ids)
         # The table adds an axis in front of the positions that it is given.
         embedded = embedded + self.positions(input_ids, position_ids=position_ids)[0]
-        if attention_mask is None and input_ids.shape[1] == 1:
-            # It sees all there is. Left without a mask the decoder makes one and reads it.
-            attention_mask = embedded.new_zeros((1, 1, 1, past_key_values.cursor.extent))
+        if attention_mask is None:
+            # Left without one the decoder makes one of ones, and reads it.
+            attention_mask = _causal_mask(embedded, past_key_values.cursor)
         states = self.decoder(
             inputs_embeds=embedded,
             attention_mask=attention_mask,
@@ -159,6 +159,17 @@ class DecoderView(nn.Module):
         if self.bias is not None:
             logits = logits + self.bias
         return CausalLMOutputWithPast(logits=logits)
+
+
+def _causal_mask(embedded: Tensor, cursor: Any) -> Tensor:
+    """What to add to the scores where all rows have the same number of tokens."""
+    slot = torch.arange(cursor.extent, device=embedded.device)
+    node = torch.arange(embedded.shape[1], device=embedded.device) + cursor.past
+    least = torch.finfo(embedded.dtype).min
+    is_hidden = slot > node[:, None]
+    return torch.zeros_like(is_hidden, dtype=embedded.dtype).masked_fill(is_hidden, least)[
+        None, None
+    ]
 
 
 def decoder_of(model: Any) -> DecoderView:
@@ -349,7 +360,7 @@ def decoder_prompts(
 def _by_column(model: Any, rows: TokenRows, is_token_BP: Tensor) -> Callable[[Tensor], Tensor]:
     """Positions as transformers counts them in padded decoder prompts: padding included."""
     last = model.config.get_text_config(decoder=True).max_position_embeddings - 1
-    columns_BP = (~is_token_BP).long().argsort(1, stable=True)
+    columns_BP = torch.argsort((~is_token_BP).long(), dim=1, stable=True)
     width = columns_BP.shape[1]
     lengths_B1 = rows.prompt_lengths_B[:, None]
 
@@ -373,7 +384,7 @@ def _texts(model: Any, read: Mapping[str, Tensor]) -> list[list[int]]:
     ids = read.get("input_ids")
     if ids is None:
         return []
-    is_text = ids != getattr(model.config, "image_token_id", None)
+    is_text = ids != getattr(model.config, "image_token_id", -1)
     if "attention_mask" in read:
         is_text &= read["attention_mask"].to(ids.device).bool()
     return [row[mask].tolist() for row, mask in zip(ids, is_text, strict=True)]
