@@ -206,7 +206,9 @@ def _check_guided(settings: Settings, cache: SlotCache | None, extras: PromptExt
             "nothing of the negative prompts"
         )
     if extras is not None:
-        raise ValueError("guidance_scale is not supported for models that read images")
+        raise ValueError(
+            "guidance_scale is not supported for models that read images or have an encoder"
+        )
 
 
 def _schedule(

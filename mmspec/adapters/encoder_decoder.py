@@ -127,6 +127,7 @@ class DecoderView(nn.Module):
             self.head is head
             and self.bias is bias
             and self.decoder.training == decoder.training
+            and self.config._attn_implementation == decoder.config._attn_implementation
             and kept == decoder._modules
         )
 
