@@ -410,13 +410,12 @@ def _check_mode(
     check_supported(encoder_decoder.decoder_of(model) if is_encoded else model)
     mode = config.get_generation_mode(dropped.get("assistant_model"))
     if mode not in ("greedy_search", "sample"):
+        advice = "; pass num_beams=1" if config.num_beams > 1 else ""
         raise ValueError(
             f"generation mode {str(mode.value)!r} cannot be combined with custom_generate="
             f"speculate(); only greedy search and sampling can (num_beams={config.num_beams}, "
             f"assistant_model={type(dropped.get('assistant_model')).__name__}, "
-            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens})"
-            + "; pass num_beams=1"
-            * (config.num_beams > 1)
+            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}){advice}"
         )
     if dropped.get("synced_gpus"):
         raise ValueError("synced_gpus=True (ZeRO-3, FSDP) is not supported by speculate()")

@@ -167,10 +167,8 @@ def _causal_mask(embedded: Tensor, cursor: Any) -> Tensor:
     slot = torch.arange(cursor.extent, device=embedded.device)
     node = torch.arange(embedded.shape[1], device=embedded.device) + cursor.past
     least = torch.finfo(embedded.dtype).min
-    is_hidden = slot > node[:, None]
-    return torch.zeros_like(is_hidden, dtype=embedded.dtype).masked_fill(is_hidden, least)[
-        None, None
-    ]
+    is_hidden = (slot > node[:, None])[None, None]
+    return torch.zeros_like(is_hidden, dtype=embedded.dtype).masked_fill(is_hidden, least)
 
 
 def decoder_of(model: Any) -> DecoderView:
@@ -239,9 +237,8 @@ class EncodedPrompts(PromptExtras):
         """
         changed = dict(options)
         model = changed.get("model")
-        if name != "model" or not getattr(
-            getattr(model, "config", None), "is_encoder_decoder", False
-        ):
+        has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if name != "model" or not has_encoder:
             return changed
         shown = changed.pop("visual_tokens", "all")
         if shown != "all":
@@ -249,9 +246,9 @@ class EncodedPrompts(PromptExtras):
                 f"visual_tokens={shown!r} is not possible for {type(model).__name__}: an "
                 "encoder-decoder drafts with what its encoder says of the whole input"
             )
-        theirs = self.encode(model)
+        decoder, theirs = decoder_of(model), self.encode(model)
         return changed | {
-            "model": decoder_of(model),
+            "model": decoder,
             "cache": theirs.new_cache(rows),
             "extras": PromptExtras(place=theirs.place),
         }
