@@ -128,6 +128,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
             prompt: A chat (list of messages with ``role`` and ``content``), or a text with the
                 processor's own image token where an image stands; or a list of these. A part
                 ``{"type": "image"}`` of a message may hold its image under ``image`` or ``path``.
+                Of an encoder-decoder, a text with exactly one image.
             images: Those that the prompt does not hold itself, in the order of their places: an
                 image, a list of them, or for a list of prompts a list with an entry for each (None,
                 an image, or a list). An image is a PIL image or the path of a file.

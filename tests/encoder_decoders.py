@@ -4,6 +4,8 @@ A request is a list of rows; a row is the text that its encoder reads (nothing w
 only). Every row has a picture of its own.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 from vlm import squares
+
+import mmspec
 
 IMAGE, START, BOS, EOS, PAD = 50, 51, 52, 53, 60
 VOCAB = 61
@@ -37,6 +41,10 @@ TEXT = {
     "forced_eos_token_id": None,
     "tie_word_embeddings": False,
 }
+#: What the encoders read besides a picture each: of three lengths, the longest last.
+TEXTS = [[1, 2, 3, 1, 2], [4, 5], [6, 7, 8, 9, 6, 7, 8, 1, 2]]
+NUM_NEW = 12
+
 STDS = {
     "embed_positions.weight": 3.0,
     "encoder_attn.out_proj.weight": 0.05,
@@ -153,10 +161,10 @@ def tiny_encoder_decoder(name: str, *, seed: int = 0, attention: str = "sdpa", *
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    for name, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters():
         # Tokens and positions must show beside what the encoder says all the time.
         for ending, std in STDS.items():
-            if name.endswith(ending):
+            if key.endswith(ending):
                 torch.nn.init.normal_(parameter, std=std)
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
@@ -179,3 +187,21 @@ def request(name: str, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
     if family.reads_images:
         inputs["pixel_values"] = squares(len(texts), SIDE)
     return inputs
+
+
+@functools.cache
+def made(name):
+    return tiny_encoder_decoder(name)
+
+
+def decoded(model, inputs, custom_generate=None, **options):
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False} | options
+    return model.generate(**inputs, **options, custom_generate=custom_generate)
+
+
+def fixed(drafter, width=6, **options):
+    return mmspec.speculate(drafter, width=width, schedule="fixed", **options)
+
+
+def clone_of(model):
+    return {"name": "model", "model": copy.deepcopy(model)}
