@@ -13,6 +13,7 @@ that go with it come from `slot_mask`. Shape suffixes as in `mmspec.records`, an
     R  rows fed to a forward, in the order in which they stand
 """
 
+import copy
 import functools
 from collections.abc import Iterable, Sequence
 
@@ -254,9 +255,8 @@ class SlotCache(Cache):
         """A cache that shares the buffers of the first layers (for an early-exit drafter)."""
         while len(self.layers) < count:  # before the first forward there are none
             self.layers.append(self.layer_class_to_replicate())
-        shared = SlotCache.__new__(SlotCache)
-        Cache.__init__(shared, layers=self.layers[:count])
-        shared.cursor = self.cursor
+        shared = copy.copy(self)
+        shared.layers = self.layers[:count]
         return shared
 
     def scratch(self) -> "SlotCache":

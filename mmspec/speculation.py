@@ -9,6 +9,7 @@ Shape suffixes as in `mmspec.records`, and
     P  columns of the padded prompts     C  columns of prompts and output
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from mmspec.adapters import image_glm, vision_language
+from mmspec.adapters import encoder_decoder, image_glm, vision_language
 from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.adapters.guidance import Guidance
 from mmspec.adapters.guided_lm import GuidedTarget, guidance_of, split_guidance
-from mmspec.adapters.kv_exchange import export_cache, import_prefix
+from mmspec.adapters.kv_exchange import import_prefix, refilled
 from mmspec.adapters.lockstep import Lockstep, sort_criteria, token_mask
 from mmspec.adapters.processors import Layout, checked_stateless, law_from_processors
 from mmspec.cache import SlotCache
@@ -75,6 +75,7 @@ _KNOWN_INPUTS = frozenset(
 #: Model type -> module that knows what `generate` passes on for it besides.
 _FAMILIES: dict[str, Any] = {
     "glm_image": image_glm,
+    **dict.fromkeys(encoder_decoder.FAMILIES, encoder_decoder),
     **dict.fromkeys(vision_language.FAMILIES, vision_language),
 }
 
@@ -165,6 +166,11 @@ def build_engine(
             cannot be cut, or the drafter does not take its options or does not work with guidance.
     """
     target: Any
+    if isinstance(extras, encoder_decoder.EncodedPrompts) and guidance is None:
+        model, cache = encoder_decoder.decoder_of(model), extras.new_cache(rows)
+        name, options = parse_spec(settings.drafter)
+        drafter_spec = {"name": name} | extras.drafter_options(name, options, rows)
+        settings = dataclasses.replace(settings, drafter=drafter_spec)
     if guidance is not None:
         _check_guided(settings, cache, extras, prefill_chunk_size)
         target = GuidedTarget(model, guidance, compile=settings.compile)
@@ -186,6 +192,9 @@ def build_engine(
         max_width=settings.max_width,
         shared_noise=settings.rule == "exact",
     )
+    for text in getattr(extras, "texts", ()):
+        if hasattr(drafter, "observe"):
+            drafter.observe(text)
     rule: Any = build_rule(settings.rule, law, rows)
     num_forward_rows = rows.num_rows if guidance is None else guidance.num_rows
     schedule = _schedule(model, settings, drafter, rows, num_forward_rows)
@@ -210,7 +219,9 @@ def _check_guided(
             "nothing of the negative prompts"
         )
     if extras is not None:
-        raise ValueError("guidance_scale is not supported for models that read images")
+        raise ValueError(
+            "guidance_scale is not supported for models that read images or have an encoder"
+        )
     if prefill_chunk_size is not None:
         raise ValueError(
             f"prefill_chunk_size={prefill_chunk_size} cannot be combined with guidance_scale, "
@@ -340,7 +351,9 @@ class Speculation:
         dropped = _dropped_by_generate()
         streamer = streamer if streamer is not None else dropped.get("streamer")
         _check_mode(model, generation_config, {"synced_gpus": synced_gpus, **dropped}, model_kwargs)
-        is_token_BP = token_mask(input_ids, model_kwargs)
+        is_encoded = model.config.model_type in encoder_decoder.FAMILIES
+        prompt = encoder_decoder.decoder_inputs(model_kwargs) if is_encoded else model_kwargs
+        is_token_BP = token_mask(input_ids, prompt)
         layout = Layout(
             prompt_ids_BP=input_ids,
             is_token_BP=is_token_BP,
@@ -364,7 +377,7 @@ class Speculation:
             stop_check=lockstep.stop_check,
             device=text_device(model),
         )
-        past = model_kwargs.get("past_key_values")
+        past = prompt.get("past_key_values")
         cache, num_cached = import_prefix(past, is_token_BP, rows)
         engine = build_engine(
             model,
@@ -383,9 +396,10 @@ class Speculation:
         wants_dict = generation_config.return_dict_in_generate
         if past is not None and (wants_dict or getattr(past, "_is_user_defined", False)):
             target: Any = engine.target
-            past = _exported(past, target, lockstep.is_token_BC(is_token_BP)[:, :-1])
+            past = refilled(past, target, lockstep.is_token_BC(is_token_BP)[:, :-1])
         if wants_dict:
-            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past)
+            output = GenerateEncoderDecoderOutput if is_encoded else GenerateDecoderOnlyOutput
+            return output(sequences=sequences, past_key_values=past)
         return sequences
 
 
@@ -411,14 +425,16 @@ def _check_mode(
     model: Any, config: Any, dropped: Mapping[str, Any], model_kwargs: Mapping[str, Any]
 ) -> None:
     """Refuses what is not plain greedy decoding or sampling of a supported decoder."""
-    check_supported(model)
+    is_encoded = getattr(model.config, "is_encoder_decoder", False)
+    check_supported(encoder_decoder.decoder_of(model) if is_encoded else model)
     mode = config.get_generation_mode(dropped.get("assistant_model"))
     if mode not in ("greedy_search", "sample"):
+        advice = "; pass num_beams=1" if config.num_beams > 1 else ""
         raise ValueError(
             f"generation mode {str(mode.value)!r} cannot be combined with custom_generate="
             f"speculate(); only greedy search and sampling can (num_beams={config.num_beams}, "
             f"assistant_model={type(dropped.get('assistant_model')).__name__}, "
-            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens})"
+            f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}){advice}"
         )
     if dropped.get("synced_gpus"):
         raise ValueError("synced_gpus=True (ZeRO-3, FSDP) is not supported by speculate()")
@@ -454,7 +470,7 @@ def _extras(
     family = _FAMILIES.get(model.config.model_type)
     if family is None:
         return None
-    given = {"input_ids": call.get("inputs")} | (call.get("kwargs") or {})
+    given = {model.main_input_name: call.get("inputs")} | (call.get("kwargs") or {})
     extras: PromptExtras | None = family.extras_in_generate(
         model, rows, model_kwargs, is_token_BP, given
     )
@@ -463,23 +479,3 @@ def _extras(
 
 def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and not value)
-
-
-# --------------------------------------------------------------------------- reused caches
-
-
-def _exported(past: Any, target: Any, is_token_BC: Tensor) -> DynamicCache:
-    """Refills the cache that `generate` was given, as its own loop would leave it."""
-    if not isinstance(past, DynamicCache):
-        # A static cache that `generate` has just made; it is empty and too small for drafts.
-        past = DynamicCache(config=target.forward.model.config.get_text_config(decoder=True))
-    rows = target.rows
-    if isinstance(target, GuidedTarget):
-        target.drop_guidance()
-    if rows.num_rows > 1:
-        # A row that ended in the last step has its last token not cached yet.
-        host_cached = [len(tokens) - 1 for tokens in rows.host_tokens]
-        last = {"input_ids": rows.roots_B()[:, None]}
-        target.forward.extend(last, host_cached, [1] * rows.num_rows)
-    export_cache(target.forward.cache, past, is_token_BC.to(rows.lengths_B.device))
-    return past

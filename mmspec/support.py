@@ -13,6 +13,7 @@ _CHAMELEON_TEST = (
     "tests/pipelines/test_image_chameleon.py::test_greedy_is_that_of_the_decoder_and_the_head"
 )
 _VLM_TEST = "tests/adapters/test_vision_language.py::test_greedy_equals_generate"
+_ENCODER_TEST = "tests/adapters/test_encoder_decoder.py::test_greedy_equals_generate"
 _TINY = "tiny random weights against generate(), greedy, single rows and ragged batches"
 
 
@@ -65,6 +66,19 @@ def _vision(
         pipeline=pipeline,
         tested=_TINY + ", with and without images" + more,
         test=f"{_VLM_TEST}[{key}-1]",
+    )
+
+
+def _encoder(
+    family: str, key: str, class_name: str, pipeline: str = "SpeculativeVLMPipeline", more: str = ""
+) -> SupportRow:
+    return SupportRow(
+        family=family,
+        class_name=class_name,
+        adapter="encoder_decoder",
+        pipeline=pipeline,
+        tested=_TINY + more,
+        test=f"{_ENCODER_TEST}[{key}-1]",
     )
 
 
@@ -127,4 +141,15 @@ SUPPORT = (
     _vision("GLM-OCR", "glm_ocr", "GlmOcr"),
     _vision("PaddleOCR-VL", "paddleocr_vl", "PaddleOCRVL"),
     _vision("GOT-OCR2", "got_ocr2", "GotOcr2", more="", pipeline="speculate"),
+    _encoder(
+        "Florence-2", "florence2", "Florence2ForConditionalGeneration", more="; its processor"
+    ),
+    _encoder(
+        "Donut, Nougat",
+        "donut",
+        "VisionEncoderDecoderModel",
+        more="; Donut's and Nougat's processors, a ViT as encoder; MBart decoders only",
+    ),
+    _encoder("BART", "bart", "BartForConditionalGeneration", pipeline="speculate"),
+    _encoder("MBART", "mbart", "MBartForConditionalGeneration", pipeline="speculate"),
 )

@@ -37,10 +37,11 @@ class TurnOutput(WrittenOutput):
     """What a pipeline returns whose calls may be turns of a conversation.
 
     Attributes:
-        cache: Pass it as ``cache=`` with the prompt that continues these rows.
+        cache: Pass it as ``cache=`` with the prompt that continues these rows; None where the
+            model is an encoder-decoder, which begins every prompt anew.
     """
 
-    cache: TurnCache
+    cache: TurnCache | None
 
 
 def check_cache(cache: Any, model: nn.Module, num_rows: int) -> None:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmspec.adapters import vision_language
+from mmspec.adapters import encoder_decoder, vision_language
 from mmspec.adapters.image_features import DEFAULT_CACHE_BYTES, PIXELS, FeatureCache
 from mmspec.adapters.visual_prompts import VisualPrompts
-from mmspec.checks import require_known
+from mmspec.checks import require, require_known
 from mmspec.drafters import DrafterSpec
+from mmspec.pipelines.encoded import read_encoded
 from mmspec.pipelines.turns import TurnCache, TurnOutput, check_cache, claimed, num_shared
 from mmspec.pipelines.vlm_inputs import Picture, ReadPrompt, Video, read_prompts
-from mmspec.pipelines.writing import Prompt, WritingOptions, WritingPipeline, as_requests
+from mmspec.pipelines.writing import Plan, Prompt, WritingOptions, WritingPipeline, as_requests
 from mmspec.speculation import build_engine
 
 
@@ -57,7 +58,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
         if not isinstance(image_cache, FeatureCache):
             image_cache = FeatureCache(image_cache)
         self.image_cache: FeatureCache = image_cache
-        known = sorted(vision_language.FAMILIES)
+        known = sorted([*vision_language.FAMILIES, *encoder_decoder.SEEING])
         require_known("model type", self.model.config.model_type, known)
 
     @classmethod
@@ -129,7 +130,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
                 processor's own image and video tokens where these stand; or a list of these. A part
                 ``{"type": "image"}`` of a message may hold its image under ``image`` or ``path``, a
                 part ``{"type": "video"}`` its video under ``video`` or ``path``, and under ``fps``
-                its frames a second.
+                its frames a second. Of an encoder-decoder, a text with exactly one image.
             images: Those that the prompt does not hold itself, in the order of their places: an
                 image, a list of them, or for a list of prompts a list with an entry for each (None,
                 an image, or a list). An image is a PIL image or the path of a file.
@@ -147,6 +148,16 @@ class SpeculativeVLMPipeline(WritingPipeline):
         """
         requests = as_requests(prompt)
         plan = self._plan(WritingOptions(**options), len(requests))
+        if self.model.config.model_type in encoder_decoder.FAMILIES:
+            output = self._write_encoded(plan, requests, images, videos, cache)
+        else:
+            output = self._write_shown(plan, requests, images, videos, cache)
+        return output if return_dict else (output.texts, output.tokens)
+
+    def _write_shown(
+        self, plan: Plan, requests: list[Prompt], images: Any, videos: Any, cache: TurnCache | None
+    ) -> TurnOutput:
+        """Answers prompts that hold their images."""
         check_cache(cache, self.model, len(requests))
         has_videos = vision_language.FAMILIES[self.model.config.model_type].videos is not None
         blind = None if has_videos else type(self.model).__name__
@@ -174,8 +185,25 @@ class SpeculativeVLMPipeline(WritingPipeline):
         cache.tokens = [
             [*contents, *rows.new_tokens(row)][:-1] for row, contents in enumerate(seen.contents)
         ]
-        output = TurnOutput(**written, cache=cache)
-        return output if return_dict else (output.texts, output.tokens)
+        return TurnOutput(**written, cache=cache)
+
+    def _write_encoded(
+        self, plan: Plan, requests: list[Prompt], images: Any, videos: Any, cache: TurnCache | None
+    ) -> TurnOutput:
+        """Answers prompts whose images an encoder reads."""
+        name = type(self.model).__name__
+        refused = {
+            "cache": cache,
+            "videos": videos,
+            "prefill_chunk_size": plan.options.prefill_chunk_size,
+        }
+        for option, value in refused.items():
+            require(value is None, f"{option} of {name}", "None for an encoder-decoder", value)
+        prompts, prepared, inputs = read_encoded(self.model, self.processor, requests, images)
+        rows = self._rows(plan, prompts)
+        extras = encoder_decoder.extras_in_generate(self.model, rows, prepared, None, inputs)
+        engine = build_engine(self.model, rows, plan.law, plan.settings, extras=extras)
+        return TurnOutput(**self._write(plan, engine, rows), cache=None)
 
     def _encode(self, prompts: Sequence[ReadPrompt]) -> dict[str, Any]:
         """Prompts padded on the left and the model's visual inputs, on the processor's device."""

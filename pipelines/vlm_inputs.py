@@ -73,7 +73,7 @@ def read_prompts(
             or one cannot be read.
     """
     beside = {
-        "image": _by_request("images", images, len(requests), _as_images),
+        "image": images_by_request(images, len(requests)),
         "video": _by_request("videos", videos, len(requests), _as_videos),
     }
     return [
@@ -86,6 +86,15 @@ def read_prompts(
         )
         for index, request in enumerate(requests)
     ]
+
+
+def images_by_request(images: Any, num_requests: int) -> list[list[Any]]:
+    """The images given beside each prompt.
+
+    Raises:
+        ValueError: If a list of prompts does not come with one entry each.
+    """
+    return _by_request("images", images, num_requests, _as_images)
 
 
 def _by_request(name: str, given: Any, num_requests: int, as_items: Any) -> list[list[Any]]:
@@ -160,7 +169,7 @@ def _read(
     sample = _sampling(processor) if found["video"] else None
     return ReadPrompt(
         text=text,
-        images=[_opened(one, f"image {k} of {name}") for k, (one, _) in enumerate(found["image"])],
+        images=[opened(one, f"image {k} of {name}") for k, (one, _) in enumerate(found["image"])],
         videos=[
             _clip(one, fps, f"video {k} of {name}", sample)
             for k, (one, fps) in enumerate(found["video"])
@@ -206,7 +215,7 @@ def _gathered(
     return plain, found
 
 
-def _opened(picture: Any, name: str) -> Image.Image:
+def opened(picture: Any, name: str) -> Image.Image:
     """An image in memory.
 
     Raises:
@@ -254,7 +263,7 @@ def _clip(video: Any, fps: Any, name: str, sample: _Sampling | None) -> Clip:
     if isinstance(video, str | Path):
         # Names of frames count: 0001.png, 0002.png, ...
         paths = sorted(path for path in Path(video).iterdir() if path.is_file())
-        frames = [_opened(path, f"frame {path.name} of {name}") for path in paths]
+        frames = [opened(path, f"frame {path.name} of {name}") for path in paths]
     else:
         rule = "a list of PIL images, or the path of a folder of frames or of a file"
         require(_is_clip(video), name, rule, video)

@@ -19,6 +19,8 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from mmspec.adapters.cross_cache import EncoderSlotCache
+from mmspec.adapters.guided_lm import GuidedTarget
 from mmspec.cache import SlotCache
 from mmspec.rows import TokenRows
 
@@ -126,3 +128,27 @@ def export_cache(cache: SlotCache, past: DynamicCache, is_token_BC: Tensor) -> N
         if index < len(past.layers):
             past.layers[index].reset()
         past.update(*states, index)
+
+
+def refilled(past: Any, target: Any, is_token_BC: Tensor) -> Cache:
+    """The cache that `generate` was given, refilled as its own loop would leave it.
+
+    Args:
+        past: Any cache; where it is no plain `DynamicCache`, `generate` has made it itself for
+            fewer tokens than drafts need, and another one is filled.
+        target: The target at the end of its run.
+        is_token_BC: Which columns are tokens, bool.
+    """
+    if not isinstance(past, DynamicCache):
+        past = DynamicCache(config=target.forward.model.config.get_text_config(decoder=True))
+    rows = target.rows
+    if isinstance(target, GuidedTarget):
+        target.drop_guidance()
+    if rows.num_rows > 1:
+        # A row that ended in the last step has its last token not cached yet.
+        host_cached = [len(tokens) - 1 for tokens in rows.host_tokens]
+        last = {"input_ids": rows.roots_B()[:, None]}
+        target.forward.extend(last, host_cached, [1] * rows.num_rows)
+    cache = target.forward.cache
+    export_cache(cache, past, is_token_BC.to(rows.lengths_B.device))
+    return cache.export_cross(past) if isinstance(cache, EncoderSlotCache) else past

@@ -139,7 +139,7 @@ def _with_model(
     elif name == "mixed":
         options.pop("members", None)
         options |= {"views": views_of(sights, model, target, rows), "num_views": len(sights)}
-    else:
+    elif "view" not in options:
         options.pop("visual_tokens", None)
         views = views_of(sights, model, target, rows)
         options["view"] = lambda: views()[0]
