@@ -29,6 +29,7 @@ from mmspec.cli_common import (
     one_line_reasons,
     quiet,
 )
+from mmspec.cli_documents import CAPTION_EXAMPLES, PARSE_EXAMPLES, caption, parse
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -334,6 +335,11 @@ def _show_image(path: Path, as_json: bool) -> None:
         typer.echo(json.dumps(chunks, ensure_ascii=False))
     else:
         typer.echo("\n".join(f"{name}: {value}" for name, value in chunks.items()))
+
+
+# -------------------------------------------------------------------------------- parse, caption
+app.command(epilog=PARSE_EXAMPLES)(parse)
+app.command(epilog=CAPTION_EXAMPLES)(caption)
 
 
 # ---------------------------------------------------------------------------------------- demo

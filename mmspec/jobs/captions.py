@@ -1,0 +1,98 @@
+"""Captions of pictures: one JSON line each, the same for the same seed, whatever the batch."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmspec.documents import Reader, Sheet
+from mmspec.jobs import generators
+from mmspec.jobs.pages import Answer, PageTask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionJob:
+    """How pictures are captioned.
+
+    Attributes:
+        load: Gives a `SpeculativeVLMPipeline`; can be pickled.
+        model: Its name, for the records.
+        dtype: Name of the weights' type, likewise.
+        prompt: What is asked of each picture; may be empty.
+        seed: With the picture's content it gives the seed of its caption.
+        options: Further arguments of the pipeline's call, in JSON types.
+    """
+
+    load: Callable[[], Any]
+    model: str
+    dtype: str
+    prompt: str
+    seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every record is made with."""
+        own = {"model": self.model, "dtype": self.dtype, "prompt": self.prompt, "seed": self.seed}
+        return own | dict(self.options)
+
+    def read(self, task: PageTask) -> Sheet:
+        """Reads a picture, or a page of a scan.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        return Reader().read(task.file, task.page or 1)
+
+    def write(self, pipe: Any, tasks: Sequence[PageTask], sheets: Sequence[Sheet]) -> list[Answer]:
+        """Captions pictures together.
+
+        Raises:
+            ValueError: If the prompt and the pictures do not fit.
+        """
+        seeds = [seed_of(self.seed, task) for task in tasks]
+        request = image_request(pipe.processor, self.prompt)
+        result = pipe(
+            [request] * len(tasks),
+            images=[[sheet.image] for sheet in sheets],
+            generator=generators(seeds),
+            **self.options,
+        )
+        answers = []
+        for row, task in enumerate(tasks):
+            num_tokens = len(result.tokens[row])
+            # Nothing that depends on speed or on the batch: a record is the same in every run.
+            record = {
+                "file": task.file,
+                "page": task.page,
+                "digest": task.digest,
+                "text": result.texts[row].strip(),
+                "num_tokens": num_tokens,
+                "seed": seeds[row],
+                "error": None,
+            }
+            forwards = result.row_stats[row].num_target_forwards
+            answers.append(Answer(record=record, num_tokens=num_tokens, num_row_steps=forwards))
+        return answers
+
+
+def image_request(processor: Any, prompt: str) -> Any:
+    """A prompt about one image: a chat where the model has a template, else a text.
+
+    Args:
+        processor: The model's processor.
+        prompt: What to ask; may be empty.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        return processor.image_token + prompt
+    words = [{"type": "text", "text": prompt}] if prompt else []
+    return [{"role": "user", "content": [{"type": "image"}, *words]}]
+
+
+def seed_of(seed: int, task: PageTask) -> int:
+    """The seed of a picture: of the run's seed, its content and its page, and of nothing else.
+
+    So neither the batch, nor the other files of the folder, nor a kill changes its caption.
+    """
+    text = f"{seed} {task.digest} {task.page}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
