@@ -245,6 +245,7 @@ def _run(
     written: Any = None,
     as_json: bool,
     resume: bool,
+    retry_errors: bool,
     **options: Any,
 ) -> None:
     """Runs a job over pages and ends with its summary; exit code 1 if any page failed."""
@@ -256,8 +257,9 @@ def _run(
 
     if as_json and path is None:
         raise typer.BadParameter("prints the summary; the result needs --out", param_hint="--json")
+    job.check()
     with Journal(path, job.settings, overwrite=not resume) as journal:
-        missing = missing_tasks(tasks, journal, retry_errors=options["retry_errors"])
+        missing = missing_tasks(tasks, journal, retry_errors=retry_errors)
         if written is not None:
             written.begin(journal, missing)
         bar = tqdm(
@@ -266,19 +268,22 @@ def _run(
             unit="page",
             disable=not sys.stderr.isatty(),
         )
+        say = partial(bar.write, file=sys.stderr)
+        for record in records_of(journal, _failed_before(tasks, missing, journal)):
+            say(f"mmspec: {record['error']} (before; --retry-errors tries again)")
 
         def after_batch(answers: Sequence[Any]) -> None:
             bar.update(len(answers))
             for answer in answers:
                 if answer.error is not None:
-                    bar.write(f"mmspec: {answer.error}", file=sys.stderr)
+                    say(f"mmspec: {answer.error}")
             if written is not None:
                 written.after_batch(journal, answers)
 
         try:
             with bar:
                 summary = run_pages(
-                    job, tasks, journal, report=note, after_batch=after_batch, **options
+                    job, tasks, missing, journal, report=say, after_batch=after_batch, **options
                 )
         except KeyboardInterrupt:
             kept = "" if path is None else f"; what is done is in {path}"
@@ -290,3 +295,10 @@ def _run(
     typer.echo(line, err=path is None)
     if summary.num_failed:
         raise typer.Exit(1)
+
+
+def _failed_before(tasks: Sequence[Any], missing: Sequence[Any], journal: Any) -> list[Any]:
+    """The pages that are left out because they have failed."""
+    again = {task.key for task in missing}
+    kept = [task for task in tasks if task.key not in again]
+    return [task for task in kept if journal.entries[task.key].has_failed]

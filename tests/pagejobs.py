@@ -22,7 +22,6 @@ class ColourJob:
         folder: Gets an empty file for each call of `write`, named for its process and size.
         lone: Files that can only be done alone.
         deadly: Files that kill the process.
-        once: Kill it only the first time.
         load_error: What loading fails with.
         wait_s: Seconds of every batch.
         password: Of protected files.
@@ -31,7 +30,6 @@ class ColourJob:
     folder: Path | None = None
     lone: tuple[str, ...] = ()
     deadly: tuple[str, ...] = ()
-    once: bool = False
     load_error: Exception | None = None
     wait_s: float = 0.0
     password: str | None = None
@@ -50,7 +48,7 @@ class ColourJob:
         time.sleep(self.wait_s)
         names = [Path(task.file).name for task in tasks]
         if set(names) & set(self.deadly):
-            self._die(names)
+            os.kill(os.getpid(), signal.SIGKILL)
         if len(tasks) > 1 and set(names) & set(self.lone):
             raise RuntimeError("out of memory")
         if "ugly.png" in names:
@@ -64,9 +62,3 @@ class ColourJob:
         record = {"file": task.file, "page": task.page, "digest": task.digest}
         record |= {"text": text, "error": None}
         return Answer(record=record, num_tokens=len(text), num_row_steps=4)
-
-    def _die(self, names):
-        mark = self.folder / "died"
-        if not (self.once and mark.exists()):
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)

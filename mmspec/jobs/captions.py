@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mmspec.documents import Reader, Sheet
 from mmspec.jobs import generators
-from mmspec.jobs.pages import Answer, PageTask
+from mmspec.jobs.pages import Answer, PageTask, check_drafter
+from mmspec.law_config import LawConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +21,7 @@ class CaptionJob:
         dtype: Name of the weights' type, likewise.
         prompt: What is asked of each picture; may be empty.
         seed: With the picture's content it gives the seed of its caption.
-        options: Further arguments of the pipeline's call, in JSON types.
+        options: ``max_new_tokens``, ``temperature``, ``top_p`` and ``drafter`` of the call.
     """
 
     load: Callable[[], Any]
@@ -28,13 +29,22 @@ class CaptionJob:
     dtype: str
     prompt: str
     seed: int
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
         """What every record is made with."""
         own = {"model": self.model, "dtype": self.dtype, "prompt": self.prompt, "seed": self.seed}
         return own | dict(self.options)
+
+    def check(self) -> None:
+        """Refuses options that no picture could be captioned with, before a model is loaded.
+
+        Raises:
+            ValueError: With the rule and the value.
+        """
+        LawConfig(temperature=self.options["temperature"], top_p=self.options["top_p"])
+        check_drafter(self.options["drafter"])
 
     def read(self, task: PageTask) -> Sheet:
         """Reads a picture, or a page of a scan.

@@ -3,14 +3,15 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmspec.documents import Reader, Sheet, name_of
 from mmspec.jobs import check_writable
 from mmspec.jobs.journal import Journal
-from mmspec.jobs.pages import Answer, PageTask
+from mmspec.jobs.pages import Answer, PageTask, check_drafter
+from mmspec.ocr import open_engine
 from mmspec.whole_file import whole_file
 
 
@@ -23,26 +24,36 @@ class ParseJob:
         model: Its name, for the records.
         dtype: Name of the weights' type, likewise.
         reader: Draws the pages.
+        options: ``max_new_tokens`` and ``drafter`` of the call.
         ocr: Engine that drafts where a page has no text layer: "auto", a name, or None.
         prompt: What is asked of each page; None is the pipeline's own for its model.
         regions: Read regions of a page first and the page with them.
-        options: Further arguments of the pipeline's call, in JSON types.
     """
 
     load: Callable[[], Any]
     model: str
     dtype: str
     reader: Reader
+    options: Mapping[str, Any]
     ocr: str | None = "auto"
     prompt: str | None = None
     regions: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What every record is made with. The password is not among it."""
         own = {"model": self.model, "dtype": self.dtype, "dpi": self.reader.dpi, "ocr": self.ocr}
         return own | {"prompt": self.prompt, "regions": self.regions} | dict(self.options)
+
+    def check(self) -> None:
+        """Refuses options that no page could be parsed with, before a model is loaded.
+
+        Raises:
+            ValueError: If the drafter is unknown, or the OCR engine unknown or not installed.
+        """
+        check_drafter(self.options["drafter"])
+        if self.ocr not in (None, "auto"):
+            open_engine(self.ocr)
 
     def read(self, task: PageTask) -> Sheet:
         """Draws a page.

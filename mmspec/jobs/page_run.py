@@ -89,11 +89,11 @@ def missing_tasks(
 def run_pages(
     job: PageJob,
     tasks: Sequence[PageTask],
+    missing: Sequence[PageTask],
     journal: Journal,
     *,
     batch_size: int,
     num_workers: int,
-    retry_errors: bool,
     report: Report,
     after_batch: Callable[[Sequence[Answer]], None],
 ) -> PagesSummary:
@@ -102,11 +102,11 @@ def run_pages(
     Args:
         job: What to do with a page.
         tasks: All pages.
+        missing: Those to do; see `missing_tasks`.
         journal: What was done; gets a record for each page, and is in the order of ``tasks`` in
             the end. With several workers it is filled in the order in which they finish.
         batch_size: Pages that go through the model together.
         num_workers: Processes, each with a model; 1 is this process.
-        retry_errors: Do pages again that have failed.
         report: Told of workers that died.
         after_batch: Told the answers of each batch when they are on the disk.
 
@@ -115,7 +115,6 @@ def run_pages(
         RuntimeError: If a worker died while it loaded the model.
     """
     started = time.perf_counter()
-    missing = missing_tasks(tasks, journal, retry_errors=retry_errors)
     summary = PagesSummary(num_pages=len(tasks), num_skipped=len(tasks) - len(missing))
     closed = [failure(task, task.error) for task in missing if task.error is not None]
     if closed:

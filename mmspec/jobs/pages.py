@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmspec.documents import Reader, Sheet, name_of
+from mmspec.drafters import parse_spec
 from mmspec.jobs.journal import Key
 
 
@@ -107,6 +108,16 @@ def list_tasks(
             error = f"{file} has {document.num_pages} page(s), and none of those asked for"
             tasks.append(PageTask(file=str(file), page=None, digest=document.digest, error=error))
     return tasks
+
+
+def check_drafter(drafter: str | None) -> None:
+    """Refuses a drafter that is not known; None is the pipeline's own.
+
+    Raises:
+        ValueError: With the known ones.
+    """
+    if drafter is not None:
+        parse_spec(drafter)
 
 
 def failure(task: PageTask, reason: object) -> Answer:

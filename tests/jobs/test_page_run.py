@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmspec.documents import DOCUMENTS, Reader, find_files, page_ranges
 from mmspec.jobs.journal import Journal
-from mmspec.jobs.page_run import run_pages
+from mmspec.jobs.page_run import missing_tasks, run_pages
 from mmspec.jobs.pages import list_tasks
 
 TESTS = Path(__file__).parent.parent
@@ -61,10 +61,10 @@ def run(
         summary = run_pages(
             job or ColourJob(password=password),
             tasks,
+            missing_tasks(tasks, journal, retry_errors=retry_errors),
             journal,
             batch_size=batch_size,
             num_workers=num_workers,
-            retry_errors=retry_errors,
             report=said.append,
             after_batch=seen.extend,
         )
@@ -181,18 +181,16 @@ def test_workers_give_the_same_file(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("once", [True, False])
-def test_a_worker_that_dies_takes_nothing_with_it(folder, tmp_path, once):
-    job = ColourJob(folder=tmp_path, deadly=("p2.png",), once=once)
+def test_a_worker_that_dies_takes_nothing_with_it(folder, tmp_path):
+    job = ColourJob(deadly=("p2.png",))
     _, records, said = run(folder, tmp_path / "out.jsonl", job=job, num_workers=2, batch_size=3)
     assert len(said) == 1
     assert said[0].startswith("a worker died (exit code -9); tried once more: ")
     assert "p2.png, page 1" in said[0]
     assert len(records) == 14
     found = reasons(records)
-    if not once:
-        reason = found.pop(("p2.png", 1))
-        assert "p2.png, page 1: the worker died at it twice (exit code -9)" in reason
+    reason = found.pop(("p2.png", 1))
+    assert "p2.png, page 1: the worker died at it twice (exit code -9)" in reason
     assert set(found) == set(BAD)
 
 
@@ -211,7 +209,7 @@ sys.path[:0] = [{tests!r}]
 from pagejobs import ColourJob
 from mmspec.documents import DOCUMENTS, Reader, find_files
 from mmspec.jobs.journal import Journal
-from mmspec.jobs.page_run import run_pages
+from mmspec.jobs.page_run import missing_tasks, run_pages
 from mmspec.jobs.pages import list_tasks
 
 if __name__ == "__main__":
@@ -219,8 +217,8 @@ if __name__ == "__main__":
     tasks = list_tasks(list(find_files([folder], DOCUMENTS)), Reader())
     with Journal(out, ColourJob.settings) as journal:
         run_pages(
-            ColourJob(wait_s=0.3), tasks, journal, batch_size=1, num_workers=num_workers,
-            retry_errors=False, report=print, after_batch=lambda answers: print(len(answers)),
+            ColourJob(wait_s=0.3), tasks, tasks, journal, batch_size=1, num_workers=num_workers,
+            report=print, after_batch=lambda answers: print(len(answers)),
         )
 """
 
