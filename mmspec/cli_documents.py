@@ -5,7 +5,8 @@ Registered in `mmspec.cli`. Nothing here imports torch until a command runs.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -249,8 +250,6 @@ def _run(
     **options: Any,
 ) -> None:
     """Runs a job over pages and ends with its summary; exit code 1 if any page failed."""
-    from tqdm import tqdm
-
     from mmspec.jobs.documents import records_of
     from mmspec.jobs.journal import Journal
     from mmspec.jobs.page_run import missing_tasks, run_pages
@@ -262,39 +261,59 @@ def _run(
         missing = missing_tasks(tasks, journal, retry_errors=retry_errors)
         if written is not None:
             written.begin(journal, missing)
-        bar = tqdm(
-            total=len(tasks),
-            initial=len(tasks) - len(missing),
-            unit="page",
-            disable=not sys.stderr.isatty(),
-        )
-        say = partial(bar.write, file=sys.stderr)
-        for record in records_of(journal, _failed_before(tasks, missing, journal)):
-            say(f"mmspec: {record['error']} (before; --retry-errors tries again)")
-
-        def after_batch(answers: Sequence[Any]) -> None:
-            bar.update(len(answers))
-            for answer in answers:
-                if answer.error is not None:
-                    say(f"mmspec: {answer.error}")
-            if written is not None:
-                written.after_batch(journal, answers)
-
-        try:
-            with bar:
-                summary = run_pages(
-                    job, tasks, missing, journal, report=say, after_batch=after_batch, **options
-                )
-        except KeyboardInterrupt:
-            kept = "" if path is None else f"; what is done is in {path}"
-            note(f"mmspec: stopped{kept}")
-            raise typer.Exit(130) from None
+        with _stoppable(path), _page_bar(len(tasks), len(missing)) as bar:
+            for record in records_of(journal, _failed_before(tasks, missing, journal)):
+                _say(f"mmspec: {record['error']} (before; --retry-errors tries again)")
+            after_batch = _follower(bar, written, journal)
+            summary = run_pages(
+                job, tasks, missing, journal, report=_say, after_batch=after_batch, **options
+            )
         if path is None:
             typer.echo(shown(records_of(journal, tasks)), nl=False)
     line = json.dumps({"out": str(path), **summary.to_dict()}) if as_json else summary.table()
     typer.echo(line, err=path is None)
     if summary.num_failed:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _stoppable(path: Path | None) -> Iterator[None]:
+    """Ends a run that is interrupted from the keyboard with a word instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "" if path is None else f"; what is done is in {path}"
+        note(f"mmspec: stopped{kept}")
+        raise typer.Exit(130) from None
+
+
+def _page_bar(num_pages: int, num_missing: int) -> Any:
+    from tqdm import tqdm
+
+    is_hidden = not sys.stderr.isatty()
+    done = num_pages - num_missing
+    return tqdm(total=num_pages, initial=done, unit="page", disable=is_hidden)
+
+
+def _say(line: str) -> None:
+    """A line above the bar."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+def _follower(bar: Any, written: Any, journal: Any) -> Callable[[Sequence[Any]], None]:
+    """What follows on a batch: the bar moves, reasons are told, Markdown is written."""
+
+    def after_batch(answers: Sequence[Any]) -> None:
+        bar.update(len(answers))
+        for answer in answers:
+            if answer.error is not None:
+                _say(f"mmspec: {answer.error}")
+        if written is not None:
+            written.after_batch(journal, answers)
+
+    return after_batch
 
 
 def _failed_before(tasks: Sequence[Any], missing: Sequence[Any], journal: Any) -> list[Any]:

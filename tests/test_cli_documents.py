@@ -133,7 +133,7 @@ def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(pictures, tmp_
     for arguments, code, reason in (
         (["--out", blocked / "out.jsonl"], 1, f"cannot write to {blocked}"),
         (["--out", tmp_path], 1, f"cannot write to {tmp_path}: Is a directory"),
-        (["--out", out, "--temperature", "nan"], 2, "temperature"),
+        (["--out", out, "--temperature", "inf"], 2, "temperature must be a number >= 0, got inf"),
         (["--out", out, "--top-p", 2], 2, "top_p must be None or in (0, 1], got 2"),
         (["--out", out, "--drafter", "magic"], 2, "unknown drafter 'magic'"),
         ([tmp_path / "none"], 2, "does not exist"),
@@ -144,5 +144,7 @@ def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(pictures, tmp_
         assert reason in line
         assert len(line.splitlines()) == 1
     assert not out.exists()
-    line = run("caption", pictures, "--model", "dogs", "--out", out, code=2).stderr
+    out.write_text("kept")
+    line = run("caption", pictures, "--model", "dogs", "--out", out, "--overwrite", code=2).stderr
     assert "unknown model 'dogs'; known: bundled:captioner" in line
+    assert out.read_text() == "kept"

@@ -52,7 +52,7 @@ class Journal:
         Args:
             path: JSONL; its folder is made if needed. None keeps the records for this run only.
             settings: What the records of this run are made with; written into each.
-            overwrite: Begin anew.
+            overwrite: Begin anew; what is there stays until the first record comes.
 
         Raises:
             ValueError: If a record was made with other settings.
@@ -77,10 +77,10 @@ class Journal:
                     self._note(record, start)
                 cut_half_line(path)
             # Without a buffer nothing is left behind that a full disk would refuse once more.
-            file = cast(BinaryIO, path.open("w+b" if overwrite else "a+b", buffering=0))
+            file = cast(BinaryIO, path.open("a+b", buffering=0))
         except OSError as error:
             raise OSError(f"cannot write to {path}: {error.strerror}") from error
-        self._end = file.seek(0, os.SEEK_END)
+        self._end = 0 if overwrite else file.seek(0, os.SEEK_END)
         return file
 
     def __enter__(self) -> "Journal":
@@ -145,9 +145,10 @@ class Journal:
         self._num_lines += 1
 
     def _append(self, content: bytes) -> None:
-        self._file.seek(self._end)
         rest = memoryview(content)
         try:
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
             while rest:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())

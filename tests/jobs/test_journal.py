@@ -54,6 +54,9 @@ def test_a_half_written_line_is_cut_off_and_other_settings_are_refused(tmp_path)
         Journal(path, SETTINGS)
     with Journal(path, SETTINGS, overwrite=True) as journal:
         assert journal.entries == {}
+        assert path.read_text() == "no record\n"
+        journal.add([record("new")])
+    assert keys(path) == [("new", 1)]
 
 
 @pytest.mark.parametrize("length", [0, 5, (1 << 16) - 1, 1 << 16, 3 << 16])
