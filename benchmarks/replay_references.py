@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from mmspec.adapters.smollm2 import load_smollm2
 from mmspec.drafters.ngram import NgramDrafter
-from mmspec.drafters.reference import ReferenceDrafter, reference_of
+from mmspec.drafters.reference import ReferenceDrafter
 from mmspec.drafters.trie import NgramTrie
 from mmspec.ocr import open_engine
 from mmspec.records import Outcome, Plan
@@ -29,7 +29,7 @@ from mmspec.rows import TokenRows
 from mmspec.tree import BUCKETS
 
 FONT = "/usr/share/fonts/truetype/dejavu/DejaVuSerif.ttf"
-PAPER = (850, 1100)
+PAPER = (1275, 1650)
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Page:
     lines: list[list[tuple[int, str]]]
     markdown: str
 
-    def drawn(self, size: int = 17) -> Image.Image:
+    def drawn(self, size: int = 26) -> Image.Image:
         image = Image.new("L", PAPER, 255)
         draw = ImageDraw.Draw(image)
         for number, line in enumerate(self.lines):
             for left, text in line:
                 font = ImageFont.truetype(FONT, size)
-                draw.text((50 + left, 50 + number * int(1.45 * size)), text, fill=0, font=font)
+                draw.text((75 + left, 75 + number * int(1.4 * size)), text, fill=0, font=font)
         return image
 
 
@@ -58,10 +58,13 @@ def prose_page(index: int) -> Page:
     title, topic = topics[index]
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", topic)]
     paragraphs = [p for p in paragraphs if len(p) > 150 and "::=" not in p][:9]
-    lines, written = [[(0, f"{index + 1}. {title.title()}")], []], [f"# {index + 1}. {title.title()}"]
+    lines, written = (
+        [[(0, f"{index + 1}. {title.title()}")], []],
+        [f"# {index + 1}. {title.title()}"],
+    )
     for paragraph in paragraphs:
         wrapped = textwrap.wrap(paragraph, 78)
-        if len(lines) + len(wrapped) > 40:
+        if len(lines) + len(wrapped) > 38:
             break
         lines += [[(0, line)] for line in wrapped] + [[]]
         written.append(paragraph)
@@ -79,13 +82,19 @@ def table_page(index: int) -> Page:
     for _ in range(22):
         units, price = draw.randint(1, 400), draw.randint(5, 9000) / 100
         rows.append(
-            [draw.choice(items), draw.choice(regions), str(units), f"{price:.2f}",
-             f"{units * price:.2f}", draw.choice(states)]
+            [
+                draw.choice(items),
+                draw.choice(regions),
+                str(units),
+                f"{price:.2f}",
+                f"{units * price:.2f}",
+                draw.choice(states),
+            ]
         )
     title = f"Delivery note {1000 + 7 * index}"
     cells = [columns, *rows]
     lines = [[(0, title)], []] + [
-        [(120 * column, cell) for column, cell in enumerate(row)] for row in cells
+        [(190 * column, cell) for column, cell in enumerate(row)] for row in cells
     ]
     written = [" | ".join(row) for row in cells]
     written.insert(1, " | ".join(["---"] * len(columns)))
@@ -131,16 +140,24 @@ def replay(drafter, rows, truth: list[int], width: int, price: float, tally: Tal
             wanted = truth[made + len(new)]
             new.append(wanted)
             node = next(
-                (n for n in range(1, len(tokens))
-                 if parents[n] == node and tokens[n] == wanted and valid[n]), None)
+                (
+                    n
+                    for n in range(1, len(tokens))
+                    if parents[n] == node and tokens[n] == wanted and valid[n]
+                ),
+                None,
+            )
             if node is None:
                 break
         rows.host_tokens[0] += new
         made += len(new)
         rows.host_done[0] = made == len(truth)
         outcome = Outcome(
-            new_units=(new,), num_accepted=(len(new) - 1,), done=(rows.host_done[0],),
-            was_active=(True,))
+            new_units=(new,),
+            num_accepted=(len(new) - 1,),
+            done=(rows.host_done[0],),
+            was_active=(True,),
+        )
         drafter.commit(proposal, None, None, outcome)
         tally.num_tokens += len(new)
         tally.num_forwards += 1
@@ -160,7 +177,9 @@ def main() -> None:
     engine = open_engine(args.engine)
     _, tokenizer = load_smollm2()
     end = tokenizer.eos_token_id
-    prompt = tokenizer.encode("<|im_start|>user\nConvert this page.<|im_end|>\n<|im_start|>assistant\n")
+    prompt = tokenizer.encode(
+        "<|im_start|>user\nConvert this page.<|im_end|>\n<|im_start|>assistant\n"
+    )
     for kind, make in (("prose", prose_page), ("table", table_page)):
         pages = [make(index) for index in range(args.pages)]
         truths = [[*tokenizer.encode(page.markdown), end] for page in pages]
@@ -172,15 +191,27 @@ def main() -> None:
             for width in args.widths:
                 tally, store, sources = Tally(), NgramTrie(max_draft=128), Counter()
                 for text, truth in zip(texts, truths, strict=True):
-                    rows = TokenRows([prompt], max_new_tokens=[9999], keys_B=torch.zeros(1).long(),
-                                     eos_token_ids=[end])
+                    rows = TokenRows(
+                        [prompt],
+                        max_new_tokens=[9999],
+                        keys_B=torch.zeros(1).long(),
+                        eos_token_ids=[end],
+                    )
                     drafter = ReferenceDrafter(
-                        rows, len(tokenizer), references=[text and reference_of(text)],
-                        tokenizer=tokenizer, memory=store, sources=[sources])
+                        rows,
+                        len(tokenizer),
+                        references=[text],
+                        tokenizer=tokenizer,
+                        memory=store,
+                        sources=[sources],
+                    )
                     replay(drafter, rows, truth, width, args.price, tally)
                     del drafter
-                print(f"{kind:6} ocr {scan:9} width {width:3}: {tally.tau:5.2f} tokens per forward, "
-                      f"{tally.num_nodes / tally.num_forwards:5.1f} nodes, {dict(sources)}", flush=True)
+                print(
+                    f"{kind:6} ocr {scan:9} width {width:3}: {tally.tau:5.2f} tokens per forward, "
+                    f"{tally.num_nodes / tally.num_forwards:5.1f} nodes, {dict(sources)}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

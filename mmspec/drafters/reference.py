@@ -9,7 +9,7 @@ Source of the idea: OCR as the drafter of a document model, HSD (arXiv 2602.1295
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmspec.drafters.alignment import Alignment, Continuation, ReferenceText
@@ -33,6 +33,11 @@ _NO_MATCH = 0.4
 _INCOMPLETE = "\ufffd"
 
 
+#: A text, or what returns it once the prompts are read: an engine may still be at work.
+Reference = str | PageText | None
+References = Sequence[Reference | Callable[[], Reference]]
+
+
 class ReferenceDrafter:
     """Drafts what follows in each row's reference, merged with what retrieval finds.
 
@@ -49,9 +54,10 @@ class ReferenceDrafter:
         rows: TokenRows,
         vocab_size: int,
         *,
-        references: Sequence[str | ReferenceText | None],
+        references: References,
         tokenizer: Any,
         sources: Sequence[Counter[str]] | None = None,
+        branching: int = 16,
         **retrieval: Any,
     ) -> None:
         """Aligns each row with its reference.
@@ -59,50 +65,51 @@ class ReferenceDrafter:
         Args:
             rows: The rows.
             vocab_size: The target's vocabulary.
-            references: One text per row, or None where there is none.
+            references: One per row: a text, None, or what is called for it after the prompts are
+                read.
             tokenizer: The target's tokenizer.
             sources: One counter per row, which is told where its tokens came from: "reference",
                 "ngram" or "target". What both found counts for the reference.
-            **retrieval: Options of `NgramDrafter`.
+            branching: As in `NgramDrafter`; 1 drafts from the reference alone where it has
+                something.
+            **retrieval: Other options of `NgramDrafter`.
 
         Raises:
             ValueError: If there is not one reference, or counter, per row, or one is no text.
         """
-        self._ngram = NgramDrafter(rows, vocab_size, **retrieval)
-        self.memory = self._ngram.memory
         if isinstance(references, str) or len(references) != rows.num_rows:
             raise ValueError(f"references must hold one per row, {rows.num_rows}: {references!r}")
         if sources is not None and len(sources) != rows.num_rows:
             raise ValueError(f"sources must hold one per row, {rows.num_rows}; got {len(sources)}")
+        self._ngram = NgramDrafter(rows, vocab_size, branching=branching, **retrieval)
+        self.memory = self._ngram.memory
         self._rows = rows
         self._vocab_size = vocab_size
+        self._references = [given if callable(given) else _cut(given) for given in references]
+        self._spelling = _Spelling(tokenizer, rows)
+        self._num_places = _PLACES if branching > 1 else 1
         self._sources = sources
-        spelling = _Spelling(tokenizer, rows)
-        self._followers = [
-            None if text is None else _Follower(text if isinstance(text, ReferenceText) else reference_of(text), spelling)
-            for text in references
-        ]
+        self._followers: list[_Follower | None] = []
         self._found: list[list[Draft]] = []
 
     def prefill(self) -> None:
-        """Reads the prompts."""
+        """Reads the prompts, and the references that were not there before."""
         self._ngram.prefill()
+        for given in self._references:
+            text = _cut(given()) if callable(given) else given
+            follower = _Follower(text, self._spelling, self._num_places) if text else None
+            self._followers.append(follower)
 
     def propose(self, plan: Plan) -> Proposal:
         """What follows in reference and memory, as far as it is worth verifying."""
         budget = plan.width - 1
-        self._found = [
-            [found] if follower is None or done else [follower.find(tail, budget), found]
-            for follower, tail, done, found in zip(
-                self._followers,
-                (tokens[-_TAIL:] for tokens in self._rows.host_tokens),
-                self._rows.host_done,
-                self._ngram.find(budget),
-                strict=True,
-            )
-        ]
-        drafts = [found[0] if len(found) == 1 else merge(found, budget) for found in self._found]
-        return propose_worthwhile(drafts, self._rows, plan, self._vocab_size)
+        rows = self._rows
+        self._found = [[draft] for draft in self._ngram.find(budget)]
+        for row, follower in enumerate(self._followers):
+            if follower is not None and not rows.host_done[row]:
+                self._found[row].insert(0, follower.find(rows.host_tokens[row][-_TAIL:], budget))
+        drafts = [self._merged(found, budget) for found in self._found]
+        return propose_worthwhile(drafts, rows, plan, self._vocab_size)
 
     def commit(
         self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
@@ -117,15 +124,18 @@ class ReferenceDrafter:
                 if follower is not None:
                     follower.learn(new)
 
+    def _merged(self, found: Sequence[Draft], budget: int) -> Draft:
+        if self._num_places == 1:
+            return next(filter(len, found), Draft())
+        return found[0] if len(found) == 1 else merge(found, budget)
+
     def _origins(self, row: int, new: Sequence[int], num_accepted: int) -> list[str]:
         """Where each new token came from."""
-        held = [_held(draft, new[:num_accepted]) for draft in self._found[row]]
-        from_reference = held[0] if len(held) == 2 else 0
         drafted = min(num_accepted, len(new))
+        found = self._found[row]
+        told = min(_held(found[0], new), drafted) if len(found) > 1 else 0
         return (
-            ["reference"] * min(from_reference, drafted)
-            + ["ngram"] * (drafted - min(from_reference, drafted))
-            + ["target"] * (len(new) - drafted)
+            ["reference"] * told + ["ngram"] * (drafted - told) + ["target"] * (len(new) - drafted)
         )
 
 
@@ -169,8 +179,9 @@ class _Spelling:
 class _Follower:
     """Follows one row through its reference."""
 
-    def __init__(self, reference: ReferenceText, spelling: _Spelling) -> None:
+    def __init__(self, reference: ReferenceText, spelling: _Spelling, num_places: int) -> None:
         self._alignment = Alignment(reference)
+        self._num_places = num_places
         self._spelling = spelling
         self._calibration = Calibration()
         self._raw = Draft()
@@ -181,7 +192,9 @@ class _Follower:
         """What follows the tail, its scores the chances of its nodes."""
         self._raw = Draft()
         if budget:
-            following = self._alignment.continuations(budget * _CHARACTERS_PER_TOKEN, _PLACES)
+            following = self._alignment.continuations(
+                budget * _CHARACTERS_PER_TOKEN, self._num_places
+            )
             limits = [budget] + [min(budget, _TOKENS_OF_OTHERS)] * (len(following) - 1)
             chains = [
                 self._chain(one, tail, limit, 0.5**rank)
@@ -220,7 +233,7 @@ class _Follower:
         scores, reached = [], 0
         for _, end in cut:
             while reached < end:
-                reached, holds = next(pieces)
+                reached, holds = next(pieces, (end, 1.0))
                 chance *= holds
             scores.append(chance)
         tokens = [token for token, _ in cut]
@@ -230,23 +243,31 @@ class _Follower:
         return Draft(tokens, list(range(-1, len(tokens) - 1)), one.match_length, scores)
 
 
-def reference_of(text: str | PageText) -> ReferenceText:
-    """A reference from what a user passes.
+def _cut(given: Reference) -> ReferenceText | None:
+    """A reference from what a user passes; None where it has no words.
 
     Raises:
         ValueError: If it is no text.
     """
-    if isinstance(text, PageText):
-        return ReferenceText(text.text, [(word.end, word.confidence) for word in text.words])
-    if not isinstance(text, str):
-        raise ValueError(f"a reference must be a text, got {text!r}")
-    return ReferenceText(text)
+    if given is None:
+        return None
+    if isinstance(given, str):
+        given = PageText(given)
+    if not isinstance(given, PageText):
+        raise ValueError(f"a reference must be a text, a PageText or None, got {given!r}")
+    # Half a surrogate pair is no text for a tokenizer; this keeps the length.
+    readable = given.text.encode("utf-8", "replace").decode("utf-8")
+    text = ReferenceText(readable, [(word.end, word.confidence) for word in given.words])
+    return text if text.words else None
 
 
 def _held(draft: Draft, emitted: Sequence[int]) -> int:
     """Depth to which a draft has what was emitted."""
-    children = {(parent, token): i for i, (parent, token) in enumerate(zip(draft.parents, draft.tokens, strict=True))}
-    node, depth = -1, 0
-    while depth < len(emitted) and (node := children.get((node, emitted[depth]), -2)) != -2:
-        depth += 1
-    return depth
+    nodes = zip(draft.parents, draft.tokens, strict=True)
+    children = {node: index for index, node in enumerate(nodes)}
+    node = -1
+    for depth, token in enumerate(emitted):
+        node = children.get((node, token), -2)
+        if node == -2:
+            return depth
+    return len(emitted)
