@@ -91,8 +91,12 @@ def parse(
         bool, typer.Option("--regions", help="Read regions first and draft from them.")
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="Instead of the model's own.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a page.")] = 4096,
-    drafter: DrafterOption = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a page; left out, the pipeline's own.")
+    ] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="auto; one that is named is used alone; none: plain.")
+    ] = None,
     batch_size: PagesBatchOption = 1,
     workers: WorkersOption = 1,
     resume: ResumeOption = True,

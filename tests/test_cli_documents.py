@@ -2,16 +2,24 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from pdfs import write_pdf
 from PIL import Image
 from saved import save_vlm
 from typer.testing import CliRunner
 
 from mmspec.cli import app
+from mmspec.documents import Reader
 from mmspec.jobs.captions import image_request
-from mmspec.pipelines import SpeculativeVLMPipeline
+from mmspec.jobs.documents import markdown
+from mmspec.pipelines import SpeculativeDocumentPipeline, SpeculativeVLMPipeline
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +133,156 @@ def test_captions_of_two_workers_are_those_of_one(vlm, pictures, tmp_path):
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
 
 
+# ------------------------------------------------------------------------------------ documents
+PARSE = ["--max-new-tokens", 12, "--dtype", "float64", "--dpi", 36, "--ocr", "none"]
+
+
+@pytest.fixture
+def documents(pictures):
+    """Two born-digital pages, a scan of two pages in a folder of its own, and one picture."""
+    for number in range(1, 6):
+        (pictures / f"p{number}.png").unlink()
+    write_pdf(pictures / "a.pdf", ["what is it", "it is a page\nof two lines"])
+    (pictures / "sub").mkdir()
+    noise = [Image.effect_noise((40, 30), sigma).convert("RGB") for sigma in (20, 60)]
+    noise[0].save(pictures / "sub" / "scan.tif", save_all=True, append_images=noise[1:])
+    return pictures
+
+
+def without_figures(path):
+    return [{**record, "tau": 0, "seconds": 0} for record in records_of(path)]
+
+
+def test_a_parsed_page_is_that_of_the_pipeline(vlm, documents, tmp_path):
+    out = tmp_path / "parsed"
+    result = run("parse", documents, "--recursive", "--model", vlm, "--out", out, *PARSE)
+    assert "pages_per_minute" in result.stdout
+    records = records_of(out / "pages.jsonl")
+    assert [(Path(r["file"]).name, r["page"], r["drafts"]) for r in records] == [
+        ("a.pdf", 1, "text layer"),
+        ("a.pdf", 2, "text layer"),
+        ("p0.png", 1, "none"),
+        ("scan.tif", 1, "none"),
+        ("scan.tif", 2, "none"),
+    ]
+    pipe = SpeculativeDocumentPipeline.from_pretrained(vlm, dtype=torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    for record in records:
+        page = Reader(dpi=36).read(record["file"], record["page"]).image
+        plain = pipe(page, ocr=None, decoder="sequential", max_new_tokens=12).pages[0]
+        assert record["text"] == plain.text
+        assert record["num_tokens"] == len(plain.tokens)
+        assert record["error"] is None
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.md")) == [
+        "a.pdf.md", "p0.png.md", "sub/scan.tif.md"
+    ]  # fmt: skip
+    shown = (out / "a.pdf.md").read_text()
+    first, second = (record["text"].strip() for record in records[:2])
+    file = documents / "a.pdf"
+    assert shown == f"<!-- {file}, page 1 -->\n\n{first}\n\n<!-- {file}, page 2 -->\n\n{second}\n"
+
+
+def test_where_the_result_goes(vlm, documents, tmp_path):
+    command = ["parse", documents / "a.pdf", documents / "p0.png", "--model", vlm, *PARSE]
+    run(*command, "--out", tmp_path / "all.md")
+    text = (tmp_path / "all.md").read_text()
+    assert text.count("<!-- ") == 3
+    assert run(*command).stdout == text
+    run(*command, "--out", tmp_path / "pages.jsonl")
+    assert without_figures(tmp_path / "pages.jsonl") == without_figures(tmp_path / "all.jsonl")
+    lines = run(*command, "--to", "jsonl", "--pages", "2").stdout.splitlines()
+    assert [json.loads(line)["page"] for line in lines] == [2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "all.jsonl", "all.md", "pages.jsonl", "pictures"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_killed_parse_is_continued(vlm, documents, tmp_path, batch_size):
+    command = ["parse", documents, "--recursive", "--model", vlm, *PARSE]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(*command, "--out", whole)
+    lines = (whole / "pages.jsonl").read_bytes().splitlines(keepends=True)
+    killed.mkdir()
+    (killed / "pages.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:60])
+    again = [*command, "--out", killed, "--batch-size", batch_size, "--json"]
+    summary = json.loads(run(*again).stdout)
+    assert (summary["pages"], summary["skipped"], summary["failed"]) == (5, 2, 0)
+    assert without_figures(killed / "pages.jsonl") == without_figures(whole / "pages.jsonl")
+    for file in whole.rglob("*.md"):
+        assert (killed / file.relative_to(whole)).read_bytes() == file.read_bytes()
+    (killed / "a.pdf.md").unlink()
+    summary = json.loads(run(*again).stdout)
+    assert (summary["skipped"], summary["tokens"], summary["tau"]) == (5, 0, None)
+    assert (killed / "a.pdf.md").read_bytes() == (whole / "a.pdf.md").read_bytes()
+    line = run(*again, "--dpi", 72, code=2).stderr
+    assert "line 1 was made with other settings: dpi 36 (asked for: 72)" in line
+
+
+def test_bad_pages_have_their_reason_in_the_markdown(vlm, documents, tmp_path):
+    write_pdf(documents / "b.pdf", ["a page", ""])
+    write_pdf(documents / "locked.pdf", ["hidden"], password="sesame")
+    (documents / "p1.png").touch()
+    (documents / "p2.png").write_bytes((documents / "p0.png").read_bytes()[:60])
+    (documents / "p3.pdf").write_bytes(b"no PDF")
+    out = tmp_path / "out"
+    command = ["parse", documents, "--model", vlm, "--out", out, *PARSE]
+    result = run(*command, code=1)
+    assert len(list(out.glob("*.md"))) == 7
+    reasons = {
+        "b.pdf": "b.pdf, page 2 is blank: there is no text to read",
+        "locked.pdf": "locked.pdf is protected by a password, and none was given",
+        "p1.png": "p1.png is empty (0 bytes)",
+        "p2.png": "p2.png, page 1 cannot be read: ",
+        "p3.pdf": "p3.pdf cannot be read as a PDF: ",
+    }
+    for name, reason in reasons.items():
+        assert f"mmspec: {documents}/{reason}" in result.stderr
+        assert f"<!-- missing: {documents}/{reason}" in (out / f"{name}.md").read_text()
+    good = [record for record in records_of(out / "pages.jsonl") if record["error"] is None]
+    assert [(Path(r["file"]).name, r["page"]) for r in good] == [
+        ("a.pdf", 1), ("a.pdf", 2), ("b.pdf", 1), ("p0.png", 1)
+    ]  # fmt: skip
+    run(*command, "--password", "sesame", "--retry-errors", code=1)
+    assert "missing" not in (out / "locked.pdf.md").read_text()
+
+
+def test_comments_of_the_markdown_end_where_they_should():
+    record = {"file": "a--b\n-->.pdf", "page": None, "error": "x --> y", "text": None}
+    for line in markdown([record]).split("\n\n"):
+        assert line.strip().startswith("<!-- ")
+        assert line.count("-->") == 1
+        assert "--" not in line.strip()[4:-3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "workers"), [("SIGKILL", 1), ("SIGINT", 2)])
+def test_a_stopped_process_is_continued(vlm, documents, tmp_path, how, workers):
+    write_pdf(documents / "long.pdf", [f"page {number}" for number in range(40)])
+    command = ["parse", documents, "--model", vlm, *PARSE]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    run(*command, "--out", whole)
+    arguments = [*command, "--out", out, "--workers", workers]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmspec.cli", *map(str, arguments)], stderr=subprocess.PIPE
+    )
+    journal = out / "pages.jsonl"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.Signals[how])
+    _, errors = process.communicate()
+    num_done = journal.read_bytes().count(b"\n")
+    assert 2 <= num_done < 43
+    assert process.returncode == (-9 if how == "SIGKILL" else 130)
+    if how == "SIGINT":
+        assert f"stopped; what is done is in {journal}" in errors.decode()
+        assert "Traceback" not in errors.decode()
+    summary = json.loads(run(*command, "--out", out, "--json").stdout)
+    assert summary["skipped"] == num_done
+    assert without_figures(journal) == without_figures(whole / "pages.jsonl")
+    assert (out / "long.pdf.md").read_bytes() == (whole / "long.pdf.md").read_bytes()
+
+
 # --------------------------------------------------------------------------------------- errors
 def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(pictures, tmp_path):
     blocked = tmp_path / "file"
@@ -148,3 +306,36 @@ def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(pictures, tmp_
     line = run("caption", pictures, "--model", "dogs", "--out", out, "--overwrite", code=2).stderr
     assert "unknown model 'dogs'; known: bundled:captioner" in line
     assert out.read_text() == "kept"
+
+
+def test_a_parse_that_cannot_be_meant_is_refused_before_a_model_is_loaded(documents, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    out = tmp_path / "parsed"
+    out.mkdir()
+    (out / "a.pdf.md").write_text("of somebody else")
+    other = tmp_path / "other" / "a.pdf"
+    other.parent.mkdir()
+    other.touch()
+    for arguments, code, reason in (
+        (["--out", blocked / "out"], 1, f"cannot write to {blocked}"),
+        (["--out", out], 2, f"{out / 'a.pdf.md'} exists already; use --overwrite or another"),
+        (["--to", "html"], 2, "unknown --to 'html'; known: markdown, jsonl"),
+        (["--to", "jsonl", "--out", out], 2, "--out must be FILE.jsonl for --to jsonl"),
+        (["--to", "markdown", "--out", "a.jsonl"], 2, "--out must be a folder or FILE.md"),
+        (["--pages", "3-1"], 2, "pages must be like 1-3,7,10-"),
+        (["--drafter", "magic"], 2, "unknown drafter 'magic'"),
+        (["--ocr", "magic"], 2, "unknown OCR engine 'magic'; known: tesserocr"),
+        ([other, "--out", tmp_path / "p"], 2, f"and {other} would both be written to"),
+    ):
+        line = run("parse", documents, "--model", "no/model", *arguments, code=code).stderr
+        assert reason in line
+        assert len(line.splitlines()) == 1
+    assert (out / "a.pdf.md").read_text() == "of somebody else"
+
+
+def test_an_engine_that_is_not_installed_is_named(documents, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tesserocr", None)
+    line = run("parse", documents, "--model", "no/model", "--ocr", "tesserocr", code=2).stderr
+    assert "tesserocr" in line
+    assert "pip install" in line

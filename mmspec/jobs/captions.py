@@ -81,8 +81,8 @@ class CaptionJob:
                 "seed": seeds[row],
                 "error": None,
             }
-            forwards = result.row_stats[row].num_target_forwards
-            answers.append(Answer(record=record, num_tokens=num_tokens, num_row_steps=forwards))
+            num_steps = sum(result.row_stats[row].accepted_histogram)
+            answers.append(Answer(record=record, num_tokens=num_tokens, num_row_steps=num_steps))
         return answers
 
 

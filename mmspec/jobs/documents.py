@@ -24,7 +24,7 @@ class ParseJob:
         model: Its name, for the records.
         dtype: Name of the weights' type, likewise.
         reader: Draws the pages.
-        options: ``max_new_tokens`` and ``drafter`` of the call.
+        options: ``max_new_tokens`` and ``drafter`` of the call; None is the pipeline's own.
         ocr: Engine that drafts where a page has no text layer: "auto", a name, or None.
         prompt: What is asked of each page; None is the pipeline's own for its model.
         regions: Read regions of a page first and the page with them.
@@ -51,7 +51,8 @@ class ParseJob:
         Raises:
             ValueError: If the drafter is unknown, or the OCR engine unknown or not installed.
         """
-        check_drafter(self.options["drafter"])
+        if self.options["drafter"] != "auto":
+            check_drafter(self.options["drafter"])
         if self.ocr not in (None, "auto"):
             open_engine(self.ocr)
 
@@ -73,6 +74,7 @@ class ParseJob:
             ValueError: If the prompt does not fit the model.
         """
         started = time.perf_counter()
+        options = {name: value for name, value in self.options.items() if value is not None}
         result = pipe(
             [sheet.image for sheet in sheets],
             references=[sheet.text for sheet in sheets],
@@ -80,7 +82,7 @@ class ParseJob:
             prompt=self.prompt,
             regions=self.regions,
             batch_size=len(tasks),
-            **self.options,
+            **options,
         )
         seconds = (time.perf_counter() - started) / len(tasks)
         return [
@@ -105,7 +107,7 @@ def _answer(task: PageTask, page: Any, seconds: float) -> Answer:
     return Answer(
         record=record,
         num_tokens=len(page.tokens),
-        num_row_steps=page.stats.num_target_forwards,
+        num_row_steps=sum(page.stats.accepted_histogram),
     )
 
 
