@@ -190,7 +190,9 @@ def test_where_the_result_goes(vlm, documents, tmp_path):
     assert run(*command).stdout == text
     run(*command, "--out", tmp_path / "pages.jsonl")
     assert without_figures(tmp_path / "pages.jsonl") == without_figures(tmp_path / "all.jsonl")
-    lines = run(*command, "--to", "jsonl", "--pages", "2").stdout.splitlines()
+    lines = run(
+        "parse", documents / "a.pdf", *command[3:], "--to", "jsonl", "--pages", "2"
+    ).stdout.splitlines()
     assert [json.loads(line)["page"] for line in lines] == [2]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "all.jsonl", "all.md", "pages.jsonl", "pictures"

@@ -174,8 +174,9 @@ class MarkdownFiles:
             ValueError: If a file is in the way that is none of the journal's.
             OSError: If a folder cannot be written to.
         """
+        known = {file for file, _ in journal.entries}
         for target, tasks in self._tasks.items():
-            is_known = any(task.key in journal.entries for task in tasks)
+            is_known = any(task.file in known for task in tasks)
             if target.exists() and not (is_known or self._overwrite):
                 raise ValueError(f"{target} exists already; use --overwrite or another --out")
         for folder in dict.fromkeys(target.parent for target in self._tasks):
