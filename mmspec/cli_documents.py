@@ -151,8 +151,8 @@ def caption(
     out: Annotated[Path | None, typer.Option(help="A .jsonl; else the terminal.")] = None,
     model: Annotated[str, typer.Option(help=f"{KNOWN_CAPTION_MODELS}.")] = "bundled:captioner",
     prompt: Annotated[
-        str, typer.Option(help="What to ask of each; may be empty.")
-    ] = "Describe the image.",
+        str | None, typer.Option(help="What to ask of each; left out, as it was trained.")
+    ] = None,
     recursive: RecursiveOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,

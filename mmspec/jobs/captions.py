@@ -10,6 +10,11 @@ from mmspec.jobs import generators
 from mmspec.jobs.pages import Answer, PageTask, check_drafter
 from mmspec.law_config import LawConfig
 
+#: What models were trained to be asked for a caption.
+PROMPTS = {"bundled:captioner": "describe"}
+#: What all others are asked.
+PROMPT = "Describe the image."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionJob:
@@ -19,7 +24,8 @@ class CaptionJob:
         load: Gives a `SpeculativeVLMPipeline`; can be pickled.
         model: Its name, for the records.
         dtype: Name of the weights' type, likewise.
-        prompt: What is asked of each picture; may be empty.
+        prompt: What is asked of each picture, may be empty; None is what the model was trained on,
+            or `PROMPT`.
         seed: With the picture's content it gives the seed of its caption.
         options: ``max_new_tokens``, ``temperature``, ``top_p`` and ``drafter`` of the call.
     """
@@ -27,15 +33,20 @@ class CaptionJob:
     load: Callable[[], Any]
     model: str
     dtype: str
-    prompt: str
+    prompt: str | None
     seed: int
     options: Mapping[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
         """What every record is made with."""
-        own = {"model": self.model, "dtype": self.dtype, "prompt": self.prompt, "seed": self.seed}
-        return own | dict(self.options)
+        own = {"model": self.model, "dtype": self.dtype, "seed": self.seed}
+        return own | {"prompt": self.question} | dict(self.options)
+
+    @property
+    def question(self) -> str:
+        """What is asked."""
+        return PROMPTS.get(self.model, PROMPT) if self.prompt is None else self.prompt
 
     def check(self) -> None:
         """Refuses options that no picture could be captioned with, before a model is loaded.
@@ -61,7 +72,7 @@ class CaptionJob:
             ValueError: If the prompt and the pictures do not fit.
         """
         seeds = [seed_of(self.seed, task) for task in tasks]
-        request = image_request(pipe.processor, self.prompt)
+        request = image_request(pipe.processor, self.question)
         result = pipe(
             [request] * len(tasks),
             images=[[sheet.image] for sheet in sheets],
