@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import pypdfium2
 from PIL import Image, ImageOps
@@ -60,7 +61,8 @@ class Sheet:
     @property
     def is_blank(self) -> bool:
         """Whether all pixels have one colour."""
-        return all(low == high for low, high in self.image.getextrema())
+        ranges = cast(tuple[tuple[int, int], ...], self.image.getextrema())
+        return all(low == high for low, high in ranges)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

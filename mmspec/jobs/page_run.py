@@ -1,7 +1,8 @@
 """A job over pages from its beginning, or from where a kill has left it, to its end."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,23 +121,27 @@ def run_pages(
     if closed:
         journal.add([one.record for one in closed])
         after_batch(closed)
-    batches = list(_batches([task for task in missing if task.error is None], batch_size))
+    todo = [task for task in missing if task.error is None]
+    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     if num_workers == 1 or len(batches) <= 1:
         done = _one_by_one(job, batches)
     else:
         done = deal(job, batches, num_workers=num_workers, report=report)
-    for answers in done:
-        journal.add([one.record for one in answers])
-        summary.num_tokens += sum(one.num_tokens for one in answers)
-        summary.num_row_steps += sum(one.num_row_steps for one in answers)
-        after_batch(answers)
+    with closing(done):  # ends the workers, whatever happens here
+        for answers in done:
+            journal.add([one.record for one in answers])
+            summary.num_tokens += sum(one.num_tokens for one in answers)
+            summary.num_row_steps += sum(one.num_row_steps for one in answers)
+            after_batch(answers)
     journal.sort([task.key for task in tasks], _stale_in(tasks))
     summary.num_failed = sum(journal.entries[task.key].has_failed for task in tasks)
     summary.seconds = time.perf_counter() - started
     return summary
 
 
-def _one_by_one(job: PageJob, batches: Sequence[Sequence[PageTask]]) -> Iterator[list[Answer]]:
+def _one_by_one(
+    job: PageJob, batches: Sequence[Sequence[PageTask]]
+) -> Generator[list[Answer], None, None]:
     if batches:
         pipe = job.load()
         yield from (answer(job, pipe, batch) for batch in batches)
@@ -154,8 +159,3 @@ def _stale_in(tasks: Sequence[PageTask]) -> Callable[[Key, Entry], bool]:
         return page is None or entry.digest != digests[file]
 
     return is_stale
-
-
-def _batches(tasks: Sequence[PageTask], batch_size: int) -> Iterator[list[PageTask]]:
-    for start in range(0, len(tasks), batch_size):
-        yield list(tasks[start : start + batch_size])

@@ -105,8 +105,8 @@ def list_tasks(
         wanted = [n for n in pages if ranges is None or any(n in span for span in ranges)]
         tasks += [PageTask(file=str(file), page=n, digest=document.digest) for n in wanted]
         if not wanted:
-            error = f"{file} has {document.num_pages} page(s), and none of those asked for"
-            tasks.append(PageTask(file=str(file), page=None, digest=document.digest, error=error))
+            reason = f"{file} has {document.num_pages} page(s), and none of those asked for"
+            tasks.append(PageTask(file=str(file), page=None, digest=document.digest, error=reason))
     return tasks
 
 

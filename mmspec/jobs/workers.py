@@ -8,7 +8,7 @@ import multiprocessing
 import pickle
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -72,7 +72,7 @@ class _Worker:
 
 def deal(
     job: PageJob, batches: Sequence[list[PageTask]], *, num_workers: int, report: Report
-) -> Iterator[list[Answer]]:
+) -> Generator[list[Answer], None, None]:
     """Does batches in worker processes.
 
     Args:
