@@ -250,7 +250,6 @@ def _text_layer(pdf: pypdfium2.PdfDocument, number: int) -> str | None:
 
 def _picture(file: Path, number: int) -> Image.Image:
     with Image.open(file) as image:
-        require(min(image.size) > 0, "size", "at least 1 x 1", "{} x {}".format(*image.size))
         if number > 1:
             image.seek(number - 1)
         return _on_white(ImageOps.exif_transpose(image))

@@ -1,3 +1,5 @@
+import zlib
+
 import pytest
 from pdfs import write_objects, write_pdf
 from PIL import Image
@@ -107,6 +109,16 @@ def test_one_colour_is_blank_and_one_other_pixel_is_not():
 
 
 # ------------------------------------------------------------------------------------ bad input
+def test_a_picture_without_pixels_is_refused(tmp_path):
+    file = tmp_path / "flat.png"
+    Image.new("RGB", (3, 3)).save(file)
+    content = bytearray(file.read_bytes())
+    content[16:20] = bytes(4)  # the width in the header, and the header's sum
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    file.write_bytes(content)
+    assert f"{file} cannot be read" in reason(Reader().open, file)
+
+
 def test_unusable_files_are_refused_by_name(tmp_path):
     empty, broken, cut = (tmp_path / name for name in ("e.png", "b.pdf", "cut.png"))
     empty.touch()
