@@ -14,6 +14,9 @@ from mmspec.jobs.pages import Answer, PageTask, check_drafter
 from mmspec.ocr import open_engine
 from mmspec.whole_file import whole_file
 
+#: What models were trained to be asked; the pipeline knows the others by their family.
+PROMPTS = {"bundled:pages": "Convert to Markdown."}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParseJob:
@@ -26,7 +29,7 @@ class ParseJob:
         reader: Draws the pages.
         options: ``max_new_tokens`` and ``drafter`` of the call; None is the pipeline's own.
         ocr: Engine that drafts where a page has no text layer: "auto", a name, or None.
-        prompt: What is asked of each page; None is the pipeline's own for its model.
+        prompt: What is asked of each page; None is what the model was trained on.
         regions: Read regions of a page first and the page with them.
     """
 
@@ -43,7 +46,12 @@ class ParseJob:
     def settings(self) -> dict[str, Any]:
         """What every record is made with. The password is not among it."""
         own = {"model": self.model, "dtype": self.dtype, "dpi": self.reader.dpi, "ocr": self.ocr}
-        return own | {"prompt": self.prompt, "regions": self.regions} | dict(self.options)
+        return own | {"prompt": self.question, "regions": self.regions} | dict(self.options)
+
+    @property
+    def question(self) -> str | None:
+        """What is asked, or None where the pipeline knows it."""
+        return PROMPTS.get(self.model) if self.prompt is None else self.prompt
 
     def check(self) -> None:
         """Refuses options that no page could be parsed with, before a model is loaded.
@@ -79,7 +87,7 @@ class ParseJob:
             [sheet.image for sheet in sheets],
             references=[sheet.text for sheet in sheets],
             ocr=self.ocr,
-            prompt=self.prompt,
+            prompt=self.question,
             regions=self.regions,
             batch_size=len(tasks),
             **options,
