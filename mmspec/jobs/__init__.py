@@ -135,15 +135,18 @@ def stored_rows(
     with path.open("rb") as file:
         start = 0
         for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                where = f"{path}, line {number}"
-                row = fields_of(line.decode("utf-8"), where)
-                if name not in row or row.get("settings") != dict(settings):
-                    raise ValueError(
-                        f"{where} was made with other settings{_difference(row, settings)}; "
-                        "use the same ones to continue it, or another --out"
-                    )
-                yield start, row
+            where = f"{path}, line {number}"
+            if not line.endswith(b"\n"):
+                # The half line is going to be cut off, which is no way to treat a file of others.
+                require(line.startswith(b"{"), where, "JSON", line[:20])
+                return
+            row = fields_of(line.decode("utf-8"), where)
+            if name not in row or row.get("settings") != dict(settings):
+                raise ValueError(
+                    f"{where} was made with other settings{_difference(row, settings)}; "
+                    "use the same ones to continue it, or another --out"
+                )
+            yield start, row
             start += len(line)
 
 
