@@ -261,12 +261,15 @@ def test_comments_of_the_markdown_end_where_they_should():
 @pytest.mark.parametrize(("how", "workers"), [("SIGKILL", 1), ("SIGINT", 2)])
 def test_a_stopped_process_is_continued(vlm, documents, tmp_path, how, workers):
     write_pdf(documents / "long.pdf", [f"page {number}" for number in range(40)])
-    command = ["parse", documents, "--model", vlm, *PARSE]
+    command = ["parse", documents, "--model", vlm, *PARSE, "--max-new-tokens", 40]
     out, whole = tmp_path / "out", tmp_path / "whole"
     run(*command, "--out", whole)
     arguments = [*command, "--out", out, "--workers", workers]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mmspec.cli", *map(str, arguments)], stderr=subprocess.PIPE
+        [sys.executable, "-m", "mmspec.cli", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        # A test run in the background of a shell has it ignored, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     journal = out / "pages.jsonl"
     while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
