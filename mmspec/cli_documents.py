@@ -92,7 +92,7 @@ def parse(
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="Instead of the model's own.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of a page; left out, the pipeline's own.")
+        int | None, typer.Option(min=1, help="Of a page; left out, as the model says.")
     ] = None,
     drafter: Annotated[
         str | None, typer.Option(help="auto; one that is named is used alone; none: plain.")

@@ -39,11 +39,11 @@ class SpeculativeVLMPipeline(WritingPipeline):
         schedule: As in `mmspec.speculation.Settings`.
 
     Example:
-        >>> pipe = SpeculativeVLMPipeline.from_pretrained("some/vlm")  # doctest: +SKIP
-        >>> parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+        >>> pipe = SpeculativeVLMPipeline.from_pretrained("bundled:pages")  # doctest: +SKIP
+        >>> parts = [{"type": "image"}, {"type": "text", "text": "Convert to Markdown."}]
         >>> chat = [{"role": "user", "content": parts}]
-        >>> pipe(chat, images="cat.png").texts[0]  # doctest: +SKIP
-        'A cat.'
+        >>> pipe(chat, images="page.png").texts[0]  # doctest: +SKIP
+        '# Title'
     """
 
     def __init__(

@@ -27,7 +27,8 @@ class ParseJob:
         model: Its name, for the records.
         dtype: Name of the weights' type, likewise.
         reader: Draws the pages.
-        options: ``max_new_tokens`` and ``drafter`` of the call; None is the pipeline's own.
+        options: ``max_new_tokens`` and ``drafter`` of the call; None is the model's or, where it
+            says nothing, the pipeline's.
         ocr: Engine that drafts where a page has no text layer: "auto", a name, or None.
         prompt: What is asked of each page; None is what the model was trained on.
         regions: Read regions of a page first and the page with them.
@@ -83,6 +84,9 @@ class ParseJob:
         """
         started = time.perf_counter()
         options = {name: value for name, value in self.options.items() if value is not None}
+        own_budget = getattr(pipe.model.generation_config, "max_new_tokens", None)
+        if own_budget is not None:
+            options.setdefault("max_new_tokens", own_budget)
         result = pipe(
             [sheet.image for sheet in sheets],
             references=[sheet.text for sheet in sheets],

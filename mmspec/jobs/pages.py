@@ -125,7 +125,7 @@ def failure(task: PageTask, reason: object) -> Answer:
     reason = str(reason) or type(reason).__name__
     named = reason if task.file in reason else f"{task}: {reason}"
     record = {"file": task.file, "page": task.page, "digest": task.digest}
-    return Answer(record=record | {"text": None, "error": named})
+    return Answer(record=record | {"text": None, "num_tokens": 0, "error": named})
 
 
 def answer(job: PageJob, pipe: Any, tasks: Sequence[PageTask]) -> list[Answer]:
