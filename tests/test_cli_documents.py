@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,17 @@ def test_where_the_result_goes(vlm, documents, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "all.jsonl", "all.md", "pages.jsonl", "pictures"
     ]  # fmt: skip
+
+
+def test_the_budget_of_a_page_is_the_models_own(vlm, documents, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(vlm, model)
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"max_new_tokens": 3}))
+    command = ["parse", documents / "a.pdf", "--model", model, "--to", "jsonl", "--ocr", "none"]
+    for more, most in (([], 3), (["--max-new-tokens", 7], 7)):
+        records = [json.loads(line) for line in run(*command, *more).stdout.splitlines()]
+        assert max(record["num_tokens"] for record in records) == most
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
