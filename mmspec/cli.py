@@ -29,6 +29,7 @@ from mmspec.cli_common import (
     one_line_reasons,
     quiet,
 )
+from mmspec.cli_documents import CAPTION_EXAMPLES, PARSE_EXAMPLES, caption, parse
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -303,23 +304,23 @@ def image(
         settings.check()
         shared: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": seed}
         shared |= {"height": height, "width": width}
-        run: dict[str, Any] = {
-            "load": loader("SpeculativeImagePipeline", model, KNOWN_IMAGE_MODELS, dtype, device),
-            "requests": jobs.read_requests(file, shared)
+        run = jobs.ImageRun(
+            load=loader("SpeculativeImagePipeline", model, KNOWN_IMAGE_MODELS, dtype, device),
+            requests=jobs.read_requests(file, shared)
             if file is not None
             else [jobs.ImageRequest(prompt=str(prompt), **shared)],
-            "out": out,
-            "num": num,
-            "settings": settings,
-            "batch_size": batch_size,
-            "steps_map": steps_map,
-            "report": note,
-        }
+            out=out,
+            num=num,
+            settings=settings,
+            batch_size=batch_size,
+            steps_map=steps_map,
+            report=note,
+        )
         if is_sheet:
             drawn = None if preview is None else jobs.Preview(preview, every=preview_every)
-            summary = jobs.save_sheet(**run, preview=drawn)
+            summary = jobs.save_sheet(run, preview=drawn)
         else:
-            summary = jobs.run_image_files(**run)
+            summary = jobs.run_image_files(run)
         typer.echo(json.dumps(summary.to_dict()) if as_json else summary.line())
 
 
@@ -334,6 +335,11 @@ def _show_image(path: Path, as_json: bool) -> None:
         typer.echo(json.dumps(chunks, ensure_ascii=False))
     else:
         typer.echo("\n".join(f"{name}: {value}" for name, value in chunks.items()))
+
+
+# -------------------------------------------------------------------------------- parse, caption
+app.command(epilog=PARSE_EXAMPLES)(parse)
+app.command(epilog=CAPTION_EXAMPLES)(caption)
 
 
 # ---------------------------------------------------------------------------------------- demo

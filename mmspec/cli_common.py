@@ -13,6 +13,8 @@ KNOWN_TEXT_MODELS = "smollm2, a folder, or a hub id OWNER/NAME"
 KNOWN_IMAGE_MODELS = (
     "bundled:avatars, bundled:avatars-denoise, bundled:emoji, a folder, or a hub id OWNER/NAME"
 )
+KNOWN_PARSE_MODELS = "bundled:pages, a folder, or a hub id OWNER/NAME"
+KNOWN_CAPTION_MODELS = "bundled:captioner, a folder, or a hub id OWNER/NAME"
 
 
 def examples(*lines: str) -> str:
@@ -66,8 +68,19 @@ def quiet() -> None:
     logging.getLogger("mmspec").handlers[:] = [handler]
 
 
-def load_pipeline(pipeline: str, model: str, known: str, dtype: str, device: str) -> Any:
-    """Loads a pipeline; a model that cannot be had is reported by name with what can."""
+def load_pipeline(
+    pipeline: str, model: str, known: str, dtype: str, device: str, *, bar: bool = True
+) -> Any:
+    """Loads a pipeline; a model that cannot be had is reported by name with what can.
+
+    Args:
+        pipeline: Its class in `mmspec.pipelines`.
+        model: A bundled name, a folder or a hub id.
+        known: The models to name in a message.
+        dtype: Of the weights.
+        device: Where the model runs.
+        bar: Show a progress bar of each call, where somebody can see it.
+    """
     is_name = not model.startswith(("bundled:", "smollm2")) and "/" not in model
     if is_name and not Path(model).is_dir():
         raise ValueError(f"unknown model {model!r}; known: {known}")
@@ -83,7 +96,7 @@ def load_pipeline(pipeline: str, model: str, known: str, dtype: str, device: str
         pipe = getattr(mmspec.pipelines, pipeline).from_pretrained(model, dtype=number_type)
     except OSError as error:
         raise OSError(f"cannot load {model!r}: {one_line(error)} Known: {known}.") from error
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    pipe.set_progress_bar_config(disable=not (bar and sys.stderr.isatty()))
     return pipe.to(device) if device != "cpu" else pipe
 
 

@@ -7,15 +7,15 @@ decoding commits one cell per step; runs of one shade are what a single forward 
 import base64
 import io
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+
+from mmspec.whole_file import whole_file
 
 #: From the first step to the last: ink, violet, rose, amber. Lightness only grows, so the order
 #: survives in greyscale.
@@ -115,7 +115,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str]) 
     chunks = PngInfo()
     for key, value in metadata.items():
         chunks.add_text(key, value)
-    with _whole(Path(path)) as building:
+    with whole_file(Path(path)) as building:
         image.save(building, format="PNG", pnginfo=chunks)
 
 
@@ -133,7 +133,7 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, *, frame_ms: int =
     if not frames:
         raise ValueError("a film needs at least one frame")
     durations = [frame_ms] * (len(frames) - 1) + [2000]
-    with _whole(Path(path)) as building:
+    with whole_file(Path(path)) as building:
         frames[0].save(
             building,
             format="GIF",
@@ -142,18 +142,6 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, *, frame_ms: int =
             duration=durations,
             loop=0,
         )
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to, moved to its place if all goes well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield building
-        building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)
 
 
 def read_png_metadata(path: str | Path) -> dict[str, str] | None:

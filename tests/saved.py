@@ -10,6 +10,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from vlm import tiny_vlm
+from vlm_processors import PROCESSORS
 
 WORDS = "a pixel avatar with red hair glasses and the blue top write this text again word for"
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -91,4 +93,12 @@ def save_janus(folder, *, num_codes=40, side=4):
     model.generation_config.generation_kwargs = {"boi_token_id": 60}
     model.save_pretrained(folder)
     save_tokenizer(folder, 61)
+    return str(folder)
+
+
+def save_vlm(folder, name="llava"):
+    processor, model = PROCESSORS[name](), tiny_vlm(name)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return str(folder)

@@ -14,7 +14,7 @@ from mmspec.cli import app
 from mmspec.cli_common import one_line
 from mmspec.pictures import read_png_metadata
 
-COMMANDS = ["text", "image", "demo", "models", "bench"]
+COMMANDS = ["text", "image", "parse", "caption", "demo", "models", "bench"]
 PROMPTS = ["a red hair", "write this text again", "a pixel avatar", "the blue top"]
 
 
@@ -50,14 +50,14 @@ def test_help_does_not_import_torch(command):
         "import sys\nfrom mmspec.cli import app\n"
         f"try:\n    app({[*command, '--help']!r})\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
-        "print(sorted({'torch', 'transformers', 'PIL', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'PIL', 'numpy', 'tqdm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n"), done.stdout[-80:]
     assert "Usage: " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["text", "image", "demo", "models"])
+@pytest.mark.parametrize("command", ["text", "image", "parse", "caption", "demo", "models"])
 def test_help_has_examples(command):
     shown = run(command, "--help").stdout
     assert "Examples:\n" in shown

@@ -16,6 +16,7 @@ from mmspec.sampling import Law
 TABLE = {
     "none": ("mmspec.drafters.plain", "PlainDrafter"),
     "ngram": ("mmspec.drafters.ngram", "NgramDrafter"),
+    "reference": ("mmspec.drafters.reference", "ReferenceDrafter"),
     "model": ("mmspec.drafters.model", "ModelDrafter"),
     "mixed": ("mmspec.drafters.mixed", "MixedDrafter"),
     "cross_tokenizer": ("mmspec.drafters.cross_tokenizer", "CrossTokenizerDrafter"),
@@ -92,7 +93,7 @@ def build_drafter(
     arguments: tuple[Any, ...] = (rows, target.vocab_size)
     if name == "none":
         pass
-    elif name == "ngram":
+    elif name in ("ngram", "reference"):
         options = {"placeholders": placeholders} | options
     elif name in ("jacobi", "denoise"):
         options = {

@@ -1,10 +1,14 @@
-"""Many requests from a file, one kind of result each: `mmspec.jobs.text`, `mmspec.jobs.image`.
+"""Many requests, one kind of result each.
+
+Requests of a file: `mmspec.jobs.text`, `mmspec.jobs.image`. Pages of files and folders:
+`mmspec.jobs.documents`, `mmspec.jobs.captions`.
 
 A run may be killed at any moment and started again with the same command: it goes on with what is
 missing. What was made with other settings is refused rather than mixed.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +20,8 @@ import torch
 from mmspec.checks import is_integer, require
 
 Report = Callable[[str], None]
+
+_CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +112,71 @@ def _item(fields: Mapping[str, Any], index: int, number: int, where: str) -> Ite
     is_good = budget is None or (is_integer(budget) and budget >= 1)
     require(is_good, f"{where}: 'max_new_tokens'", "null or an integer >= 1", budget)
     return Item(id=str(fields.get("id", number)), index=index, prompt=prompt, max_new_tokens=budget)
+
+
+def stored_rows(
+    path: Path, settings: Mapping[str, Any], name: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The whole lines of a JSONL output, of which a kill may have left a half one at the end.
+
+    Args:
+        path: The output; may be missing.
+        settings: What the rows of this run are made with.
+        name: Field by which rows are known.
+
+    Yields:
+        Where in the file each begins, in bytes, and its fields.
+
+    Raises:
+        ValueError: If a row was made with other settings or is no row at all.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        start = 0
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not line.endswith(b"\n"):
+                # The half line is going to be cut off, which is no way to treat a file of others.
+                require(line.startswith(b"{"), where, "JSON", line[:20])
+                return
+            row = fields_of(line.decode("utf-8"), where)
+            if name not in row or row.get("settings") != dict(settings):
+                raise ValueError(
+                    f"{where} was made with other settings{_difference(row, settings)}; "
+                    "use the same ones to continue it, or another --out"
+                )
+            yield start, row
+            start += len(line)
+
+
+def _difference(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The settings that differ, for messages; empty where the row says none."""
+    found = row.get("settings")
+    if not isinstance(found, dict):
+        return ""
+    names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+    shown = [f"{n} {found.get(n)!r} (asked for: {settings.get(n)!r})" for n in names]
+    return f": {', '.join(shown)}" if shown else ""
+
+
+def cut_half_line(path: Path) -> None:
+    """Drops what stands behind the last line end of a file, if there is one."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = size
+        while end:
+            start = max(0, end - _CHUNK_BYTES)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -247,30 +247,38 @@ class Preview:
             save_gif(self._frames, self.path)
 
 
-def run_image_files(
-    load: Callable[[], Any],
-    requests: Sequence[ImageRequest],
-    out: Path,
-    *,
-    num: int,
-    settings: ImageSettings,
-    batch_size: int,
-    steps_map: bool,
-    report: Report,
-) -> ImageSummary:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRun:
+    """What to make, and where to.
+
+    Attributes:
+        load: Gives an image pipeline; called only if something is missing.
+        requests: What to draw.
+        out: The folder, or the sheet.
+        num: Images of each request.
+        settings: What the images share.
+        batch_size: Images decoded together.
+        steps_map: Also write step maps, as ``NAME.steps.png``.
+        report: Told the progress, a line at a time.
+    """
+
+    load: Callable[[], Any]
+    requests: Sequence[ImageRequest]
+    out: Path
+    num: int
+    settings: ImageSettings
+    batch_size: int
+    steps_map: bool
+    report: Report
+
+
+def run_image_files(run: ImageRun) -> ImageSummary:
     """Makes single PNG files; those that exist with the same settings are left as they are.
 
     Files are called ``REQUEST-IMAGE.png``, both counted from 0.
 
     Args:
-        load: Gives an image pipeline; called only if something is missing.
-        requests: What to draw.
-        out: The folder.
-        num: Images of each request.
-        settings: What the images share.
-        batch_size: Images decoded together.
-        steps_map: Also write each step map, as ``NAME.steps.png``.
-        report: Told the progress, a line at a time.
+        run: What to make; its ``out`` is the folder.
 
     Returns:
         What was done.
@@ -280,16 +288,17 @@ def run_image_files(
             cannot be met; before any image is made.
         OSError: If the folder cannot be written to, likewise.
     """
+    out, settings, steps_map = run.out, run.settings, run.steps_map
     check_writable(out)
     pictures = [
         _Picture(out / f"{row:04d}-{k:02d}.png", request, request.seed + k)
-        for row, request in enumerate(requests)
-        for k in range(num)
+        for row, request in enumerate(run.requests)
+        for k in range(run.num)
     ]
     missing = [picture for picture in pictures if not _is_made(picture, settings, steps_map)]
     summary = ImageSummary(out=out, num_skipped=len(pictures) - len(missing))
-    pipe = _checked(load, missing)
-    for batch in _batches(missing, batch_size):
+    pipe = _checked(run.load, missing)
+    for batch in _batches(missing, run.batch_size):
         result = _draw(pipe, batch, settings)
         for row, picture in enumerate(batch):
             chunks = picture.chunks_to_save(settings, result.stats)
@@ -299,52 +308,47 @@ def run_image_files(
             save_png(upscale(result.images[row], settings.scale), picture.path, chunks)
         summary.batches.append(result.stats)
         summary.num_images += len(batch)
-        report(f"{summary.num_images}/{len(missing)} {batch[-1].path.name}")
+        run.report(f"{summary.num_images}/{len(missing)} {batch[-1].path.name}")
     return summary
 
 
-def save_sheet(
-    load: Callable[[], Any],
-    requests: Sequence[ImageRequest],
-    out: Path,
-    *,
-    num: int,
-    settings: ImageSettings,
-    batch_size: int,
-    steps_map: bool,
-    report: Report,
-    preview: Preview | None = None,
-) -> ImageSummary:
+def save_sheet(run: ImageRun, *, preview: Preview | None = None) -> ImageSummary:
     """Makes the images and saves them on one sheet.
 
-    Arguments as above, and ``preview`` draws it meanwhile.
+    Args:
+        run: What to make; its ``out`` is the sheet.
+        preview: Draws it meanwhile.
+
+    Returns:
+        What was done.
 
     Raises:
         ValueError: If the images are of several sizes or a request cannot be met.
         OSError: If the sheet cannot be written; all before any image is made.
     """
+    out, settings = run.out, run.settings
     for path in [out] + ([preview.path] if preview else []):
         check_writable(path.parent)
         if path.is_dir():
             raise OSError(f"cannot write to {path}: it is a folder")
-    sizes = sorted({str(request.size) for request in requests})
+    sizes = sorted({str(request.size) for request in run.requests})
     require(len(sizes) == 1, "the images of a sheet", "of one height and width", sizes)
-    pictures = [_Picture(out, r, r.seed + k) for r in requests for k in range(num)]
-    pipe = _checked(load, pictures)
+    pictures = [_Picture(out, r, r.seed + k) for r in run.requests for k in range(run.num)]
+    pipe = _checked(run.load, pictures)
     summary = ImageSummary(out=out, num_images=len(pictures))
     images: list[Image.Image] = []
     maps: list[Image.Image] = []
-    for batch in _batches(pictures, batch_size):
+    for batch in _batches(pictures, run.batch_size):
         watcher = preview.watcher(images, len(pictures), settings.scale) if preview else None
         result = _draw(pipe, batch, settings, watcher)
         images += [upscale(image, settings.scale) for image in result.images]
         maps += [upscale(step_map(drawn), settings.scale) for drawn in result.step_maps]
         summary.batches.append(result.stats)
         if len(pictures) > len(batch):
-            report(f"{len(images)}/{len(pictures)}")
+            run.report(f"{len(images)}/{len(pictures)}")
     stats = summary.batches[0]
     chunks = _joined([picture.chunks_to_save(settings, stats) for picture in pictures])
-    if steps_map:
+    if run.steps_map:
         save_png(contact_sheet(maps), steps_path(out), chunks)
     save_png(contact_sheet(images), out, chunks)
     if preview:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmspec.jobs import Item, Report, fields_of, generators
+from mmspec.jobs import Item, Report, cut_half_line, generators, stored_rows
 
 
 def answered_ids(path: str | Path, settings: Mapping[str, Any]) -> set[str]:
@@ -23,22 +23,8 @@ def answered_ids(path: str | Path, settings: Mapping[str, Any]) -> set[str]:
         ValueError: If a row was made with other settings or is no answer at all.
     """
     path = Path(path)
-    if not path.exists():
-        return set()
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    ids = set()
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
-        row = fields_of(line, f"{path}, line {number}")
-        if "id" not in row or row.get("settings") != dict(settings):
-            raise ValueError(
-                f"{path}, line {number} was made with other settings; "
-                "use the same ones to continue it, or another --out"
-            )
-        ids.add(row["id"])
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    ids = {row["id"] for _, row in stored_rows(path, settings, "id")}
+    cut_half_line(path)
     return ids
 
 
