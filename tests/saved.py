@@ -1,6 +1,7 @@
 """Tiny random models saved to a folder, as the command line loads them."""
 
 import torch
+from supported import Supported
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -11,6 +12,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+JANUS = Supported(
+    family="Janus",
+    class_name="JanusForConditionalGeneration",
+    adapter="token_image",
+    pipeline="SpeculativeImagePipeline",
+)
 WORDS = "a pixel avatar with red hair glasses and the blue top write this text again word for"
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from supported import Supported
 
 IMAGE, START, END, VIDEO, PAD = 50, 51, 52, 53, 60
 VOCAB = 61
@@ -103,6 +104,7 @@ class Family:
     """How to build a model and its inputs.
 
     Attributes:
+        title: What people call it.
         class_name: Class in transformers.
         config: Makes its configuration.
         pictures: Makes the inputs of the vision tower.
@@ -110,8 +112,10 @@ class Family:
         pixels: Side of a picture.
         patch_shape: Shape of a flat patch.
         token_types: Name of the input that tells image tokens from text, if it is needed.
+        pipeline: What loads it; "speculate" where it has no processor that a pipeline can use.
     """
 
+    title: str
     class_name: str
     config: Callable[[], Any]
     pictures: Callable[..., dict[str, Any]] = plain_pictures
@@ -119,6 +123,17 @@ class Family:
     pixels: int = 8
     patch_shape: tuple[int, ...] = (24,)
     token_types: str | None = None
+    pipeline: str = "SpeculativeVLMPipeline"
+
+    @property
+    def supported(self) -> Supported:
+        """Its row in the table of supported models."""
+        return Supported(
+            family=self.title,
+            class_name=self.class_name,
+            adapter="vision_language",
+            pipeline=self.pipeline,
+        )
 
 
 def llama() -> Any:
@@ -243,34 +258,50 @@ def got_ocr2() -> Any:
 
 
 FAMILIES = {
-    "llava": Family(class_name="LlavaForConditionalGeneration", config=llava),
+    "llava": Family(title="LLaVA", class_name="LlavaForConditionalGeneration", config=llava),
     "llava_onevision": Family(
+        title="LLaVA-OneVision",
         class_name="LlavaOnevisionForConditionalGeneration",
         config=llava_onevision,
         pictures=tiled_pictures,
         num_placeholders=4 + 4 + 2,
     ),
     "smolvlm": Family(
+        title="SmolVLM",
         class_name="SmolVLMForConditionalGeneration",
         config=smolvlm("SmolVLM"),
         pictures=padded_pictures,
     ),
     "idefics3": Family(
+        title="Idefics3, Granite-Docling",
         class_name="Idefics3ForConditionalGeneration",
         config=smolvlm("Idefics3"),
         pictures=padded_pictures,
     ),
-    "internvl": Family(class_name="InternVLForConditionalGeneration", config=internvl),
+    "internvl": Family(
+        title="InternVL", class_name="InternVLForConditionalGeneration", config=internvl
+    ),
     "gemma3": Family(
-        class_name="Gemma3ForConditionalGeneration", config=gemma3, token_types="token_type_ids"
+        title="Gemma3 (images)",
+        class_name="Gemma3ForConditionalGeneration",
+        config=gemma3,
+        token_types="token_type_ids",
     ),
     "paligemma": Family(
+        title="PaliGemma",
         class_name="PaliGemmaForConditionalGeneration",
         config=paligemma,
         token_types="token_type_ids",
     ),
-    "got_ocr2": Family(class_name="GotOcr2ForConditionalGeneration", config=got_ocr2, pixels=32),
+    "got_ocr2": Family(
+        title="GOT-OCR2",
+        pipeline="speculate",
+        class_name="GotOcr2ForConditionalGeneration",
+        config=got_ocr2,
+        pixels=32,
+    ),
     "qwen2_vl": Family(
+        title="Qwen2-VL",
         class_name="Qwen2VLForConditionalGeneration",
         config=qwen_vl("Qwen2VL", {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),
         pictures=flat_patches,
@@ -278,6 +309,7 @@ FAMILIES = {
         token_types="mm_token_type_ids",
     ),
     "qwen2_5_vl": Family(
+        title="Qwen2.5-VL",
         class_name="Qwen2_5_VLForConditionalGeneration",
         config=qwen_vl(
             "Qwen2_5_VL",
@@ -294,6 +326,7 @@ FAMILIES = {
         token_types="mm_token_type_ids",
     ),
     "qwen3_vl": Family(
+        title="Qwen3-VL",
         class_name="Qwen3VLForConditionalGeneration",
         config=qwen_vl(
             "Qwen3VL",
@@ -310,6 +343,7 @@ FAMILIES = {
         token_types="mm_token_type_ids",
     ),
     "glm_ocr": Family(
+        title="GLM-OCR",
         class_name="GlmOcrForConditionalGeneration",
         config=qwen_vl(
             "GlmOcr", {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
@@ -319,6 +353,7 @@ FAMILIES = {
         token_types="mm_token_type_ids",
     ),
     "paddleocr_vl": Family(
+        title="PaddleOCR-VL",
         class_name="PaddleOCRVLForConditionalGeneration",
         config=qwen_vl("PaddleOCRVL", TOWER | {"patch_size": 2}),
         pictures=flat_patches,
@@ -327,6 +362,8 @@ FAMILIES = {
         token_types="mm_token_type_ids",
     ),
 }
+
+SUPPORTED = {name: family.supported for name, family in FAMILIES.items()}
 
 
 def tiny_vlm(name: str, **changes: Any) -> Any:
