@@ -443,6 +443,18 @@ def bench_image(context: typer.Context) -> None:
     _bench(context, "image")
 
 
+@bench_app.command("vlm", context_settings=_FORWARDED)
+def bench_vlm(context: typer.Context) -> None:
+    """Drafters of a vision-language model on captions. `mmspec bench vlm --help`: options."""
+    _bench(context, "vlm")
+
+
+@bench_app.command("document", context_settings=_FORWARDED)
+def bench_document(context: typer.Context) -> None:
+    """Drafters of a document model on pages. `mmspec bench document --help`: options."""
+    _bench(context, "document")
+
+
 def main() -> None:
     """The entry point `mmspec`."""
     app()
