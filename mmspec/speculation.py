@@ -43,7 +43,7 @@ from mmspec.verify import RULES, build_rule
 SCHEDULES = ("adaptive", "fixed")
 DEFAULT_WIDTH = 16
 #: A retrieved draft costs nothing more to be long, and copies are long.
-DEFAULT_WIDTHS = {"ngram": 32}
+DEFAULT_WIDTHS = {"ngram": 32, "reference": 64}
 
 #: Seconds of the latest steps, by model, then by rows and compilation, then by width.
 _STEP_COSTS: WeakKeyDictionary[Any, dict[tuple[int, bool], Mapping[int, Sequence[float]]]] = (
@@ -129,7 +129,7 @@ class Settings:
     def fitting_drafter(self) -> DrafterSpec:
         """The drafter, held to chains where the rule needs them."""
         name, options = parse_spec(self.drafter)
-        if self.rule == "block" and name == "ngram":
+        if self.rule == "block" and name in ("ngram", "reference"):
             return {"name": name, **options, "branching": 1}
         return self.drafter
 

@@ -8,12 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmspec.pipelines.document import SpeculativeDocumentPipeline
     from mmspec.pipelines.glm_image import accelerate
     from mmspec.pipelines.image import SpeculativeImagePipeline
     from mmspec.pipelines.text import SpeculativeTextPipeline
     from mmspec.pipelines.vlm import SpeculativeVLMPipeline
 
 __all__ = [
+    "SpeculativeDocumentPipeline",
     "SpeculativeImagePipeline",
     "SpeculativeTextPipeline",
     "SpeculativeVLMPipeline",
@@ -22,6 +24,7 @@ __all__ = [
 
 # Public name -> "module:name", the module relative to this package.
 PIPELINES = {
+    "SpeculativeDocumentPipeline": ".document:SpeculativeDocumentPipeline",
     "SpeculativeImagePipeline": ".image:SpeculativeImagePipeline",
     "SpeculativeTextPipeline": ".text:SpeculativeTextPipeline",
     "SpeculativeVLMPipeline": ".vlm:SpeculativeVLMPipeline",

@@ -180,7 +180,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
             raise ValueError(
                 f"{name} has {places} places for images ({token!r}) and {len(pictures)} images"
             )
-        opened = [_opened(one, f"image {k} of {name}") for k, one in enumerate(pictures)]
+        opened = [opened(one, f"image {k} of {name}") for k, one in enumerate(pictures)]
         return text, opened
 
     def _encode(self, texts: list[str], pictures: list[list[Image.Image]]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _with_images(
     return plain, pictures
 
 
-def _opened(picture: Any, name: str) -> Image.Image:
+def opened(picture: Any, name: str) -> Image.Image:
     """An image in memory.
 
     Raises:

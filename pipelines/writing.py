@@ -120,6 +120,15 @@ class WritingPipeline(SpeculativePipeline):
         self.schedule = schedule
         Settings(drafter=self.drafter, schedule=self.schedule)
 
+    def check(self, num_rows: int, **options: Any) -> None:
+        """Checks the arguments of a call for so many prompts; runs nothing and draws nothing.
+
+        Raises:
+            ValueError: As the call would.
+        """
+        unseeded = {**options, "generator": torch.Generator()}
+        self._plan(WritingOptions(**unseeded), num_rows)
+
     def _plan(self, options: WritingOptions, num_rows: int) -> Plan:
         """Checks the arguments of a call; runs nothing."""
         settings = self._settings(options)

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mmspec.drafters.ngram import DEFAULT_NODE_PRICE
+from mmspec.drafters.width import DEFAULT_NODE_PRICE
 from mmspec.records import Plan, StepRecord
 from mmspec.tree import BUCKETS
 

@@ -15,6 +15,7 @@ from mmspec.sampling import Law
 TABLE = {
     "none": ("mmspec.drafters.plain", "PlainDrafter"),
     "ngram": ("mmspec.drafters.ngram", "NgramDrafter"),
+    "reference": ("mmspec.drafters.reference", "ReferenceDrafter"),
     "model": ("mmspec.drafters.model", "ModelDrafter"),
     "cross_tokenizer": ("mmspec.drafters.cross_tokenizer", "CrossTokenizerDrafter"),
     "early_exit": ("mmspec.drafters.model", "EarlyExitDrafter"),
@@ -92,7 +93,7 @@ def build_drafter(
     arguments: tuple[Any, ...] = (rows, vocab_size)
     if name == "none":
         pass
-    elif name == "ngram":
+    elif name in ("ngram", "reference"):
         options = {"placeholders": placeholders} | options
     elif name in ("jacobi", "denoise"):
         options = {

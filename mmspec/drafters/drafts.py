@@ -242,6 +242,11 @@ class Calibration:
         held = self._held[klass] + self.PRIOR_TRIALS * score
         return held / (self._tried[klass] + self.PRIOR_TRIALS)
 
+    def calibrated(self, draft: Draft) -> Draft:
+        """The draft with survivals for scores, in the same order."""
+        chances = list(map(self.survival, draft.scores))
+        return Draft(draft.tokens, draft.parents, draft.match_length, chances)
+
     def learn(self, draft: Draft, emitted: Sequence[int]) -> None:
         """Compares a draft with what followed in the end; nodes beyond it teach nothing."""
         depths: list[int] = []

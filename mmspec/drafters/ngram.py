@@ -9,16 +9,12 @@ import weakref
 from collections.abc import Collection, Sequence
 
 from mmspec.drafters.drafts import Calibration, Draft, merge
-from mmspec.drafters.plain import root_only
 from mmspec.drafters.suffix import MatchState, SuffixAutomaton
 from mmspec.drafters.trie import NgramTrie
+from mmspec.drafters.width import propose_worthwhile
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.schedule import rows_behind
-from mmspec.tree import BUCKETS, pack_trees
-
-#: Units that a node must bring until it has been measured what nodes cost.
-DEFAULT_NODE_PRICE = 0.05
+from mmspec.tree import BUCKETS
 
 
 class NgramDrafter:
@@ -92,23 +88,19 @@ class NgramDrafter:
 
     def propose(self, plan: Plan) -> Proposal:
         """What followed each row's tail, as far as it is worth verifying."""
-        rows = self._rows
-        budget = plan.width - 1
+        return propose_worthwhile(self.find(plan.width - 1), self._rows, plan, self._vocab_size)
+
+    def find(self, budget: int) -> list[Draft]:
+        """What followed each row's tail: a draft per row, its scores the chances of its nodes.
+
+        Args:
+            budget: Most nodes of a row; `commit` learns from what was found last.
+        """
         self._found = [
             Draft() if done or not budget else self._draft(row, budget)
-            for row, done in enumerate(rows.host_done)
+            for row, done in enumerate(self._rows.host_done)
         ]
-        width = self._worthwhile_width(plan)
-        if width == 1:
-            return root_only(rows)
-        drafts = [_first(draft, width - 1) for draft in self._found]
-        return pack_trees(
-            [draft.tokens for draft in drafts],
-            [draft.parents for draft in drafts],
-            rows.roots_B(),
-            self._vocab_size,
-            width,
-        )
+        return list(map(self._calibration.calibrated, self._found))
 
     def commit(
         self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
@@ -121,25 +113,6 @@ class NgramDrafter:
             self.memory.extend(self._streams[row], new)
             if self._states:
                 self._states[row].extend(new)
-
-    def _worthwhile_width(self, plan: Plan) -> int:
-        """The width whose drafts bring most beyond what they cost; 1 where none pays."""
-        rows = self._rows
-        made = [len(rows.new_tokens(row)) for row in range(rows.num_rows)]
-        behind = rows_behind(made, [not done for done in rows.host_done])
-        survivals = [
-            list(map(self._calibration.survival, self._found[row].scores)) for row in behind
-        ]
-        longest = max(map(len, survivals), default=0)
-        best_width, best_gain = 1, 0.0
-        for width in _widths(plan.width):
-            price = plan.prices.get(width, DEFAULT_NODE_PRICE * (width - 1))
-            gain = sum(sum(found[: width - 1]) for found in survivals) / max(len(behind), 1) - price
-            if longest and gain > best_gain:
-                best_width, best_gain = width, gain
-            if width > longest:
-                break
-        return best_width
 
     def _draft(self, row: int, budget: int) -> Draft:
         draft = self.memory.draft(self._streams[row], budget, branching=self._branching)
@@ -156,13 +129,3 @@ class NgramDrafter:
 
 def _close(memory: NgramTrie, stream: int) -> None:
     memory.close_stream(stream)
-
-
-def _widths(widest: int) -> list[int]:
-    """The widths to choose from: a step costs what its bucket costs, so rows fill one."""
-    return [width for width in BUCKETS if 1 < width < widest] + [widest]
-
-
-def _first(draft: Draft, count: int) -> Draft:
-    """The first nodes of a draft; parents come first, so they are a draft themselves."""
-    return Draft(draft.tokens[:count], draft.parents[:count], draft.match_length)

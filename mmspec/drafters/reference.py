@@ -1,0 +1,273 @@
+"""Drafts from a text that the output probably resembles: OCR, a text layer, an earlier version.
+
+The reference is text, not tokens: after an insertion its own tokens would be cut differently from
+the target's, so what follows the place where the output stands (`mmspec.drafters.alignment`) is
+cut afresh in every step, together with the end of the row. It is merged with what retrieval finds
+(`mmspec.drafters.ngram`), which is good at markup, where a reference is silent.
+
+Source of the idea: OCR as the drafter of a document model, HSD (arXiv 2602.12957).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mmspec.drafters.alignment import Alignment, Continuation, ReferenceText
+from mmspec.drafters.drafts import Calibration, Draft, merge
+from mmspec.drafters.ngram import NgramDrafter
+from mmspec.drafters.width import propose_worthwhile
+from mmspec.ocr import PageText
+from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
+from mmspec.rows import TokenRows
+
+# Tokens of the row that are cut together with a draft, so that it is cut as in running text.
+_TAIL = 8
+# Characters that are cut for one token that is wanted; what is too much is dropped.
+_CHARACTERS_PER_TOKEN = 6
+# Places in the reference that are drafted from, and tokens of those that are not the likeliest.
+_PLACES = 2
+_TOKENS_OF_OTHERS = 8
+# Chance of the first token where nothing before it agrees.
+_NO_MATCH = 0.4
+# Signs of a byte sequence that is not complete yet.
+_INCOMPLETE = "\ufffd"
+
+
+#: A text, or what returns it once the prompts are read: an engine may still be at work.
+Reference = str | PageText | None
+References = Sequence[Reference | Callable[[], Reference]]
+
+
+class ReferenceDrafter:
+    """Drafts what follows in each row's reference, merged with what retrieval finds.
+
+    Attributes:
+        memory: The trie of the retrieval, as in `NgramDrafter`.
+    """
+
+    name = "reference"
+    #: Drafting costs little, and `Plan.prices` is heeded.
+    is_free = True
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        vocab_size: int,
+        *,
+        references: References,
+        tokenizer: Any,
+        sources: Sequence[Counter[str]] | None = None,
+        branching: int = 16,
+        **retrieval: Any,
+    ) -> None:
+        """Aligns each row with its reference.
+
+        Args:
+            rows: The rows.
+            vocab_size: The target's vocabulary.
+            references: One per row: a text, None, or what is called for it after the prompts are
+                read.
+            tokenizer: The target's tokenizer.
+            sources: One counter per row, which is told where its tokens came from: "reference",
+                "ngram" or "target". What both found counts for the reference.
+            branching: As in `NgramDrafter`; 1 drafts from the reference alone where it has
+                something.
+            **retrieval: Other options of `NgramDrafter`.
+
+        Raises:
+            ValueError: If there is not one reference, or counter, per row, or one is no text.
+        """
+        if isinstance(references, str) or len(references) != rows.num_rows:
+            raise ValueError(f"references must hold one per row, {rows.num_rows}: {references!r}")
+        if sources is not None and len(sources) != rows.num_rows:
+            raise ValueError(f"sources must hold one per row, {rows.num_rows}; got {len(sources)}")
+        self._ngram = NgramDrafter(rows, vocab_size, branching=branching, **retrieval)
+        self.memory = self._ngram.memory
+        self._rows = rows
+        self._vocab_size = vocab_size
+        self._references = [given if callable(given) else _cut(given) for given in references]
+        self._spelling = _Spelling(tokenizer, rows)
+        self._num_places = _PLACES if branching > 1 else 1
+        self._sources = sources
+        self._followers: list[_Follower | None] = []
+        self._found: list[list[Draft]] = []
+
+    def prefill(self) -> None:
+        """Reads the prompts, and the references that were not there before."""
+        self._ngram.prefill()
+        for given in self._references:
+            text = _cut(given()) if callable(given) else given
+            follower = _Follower(text, self._spelling, self._num_places) if text else None
+            self._followers.append(follower)
+
+    def propose(self, plan: Plan) -> Proposal:
+        """What follows in reference and memory, as far as it is worth verifying."""
+        budget = plan.width - 1
+        rows = self._rows
+        self._found = [[draft] for draft in self._ngram.find(budget)]
+        for row, follower in enumerate(self._followers):
+            if follower is not None and not rows.host_done[row]:
+                self._found[row].insert(0, follower.find(rows.host_tokens[row][-_TAIL:], budget))
+        drafts = [self._merged(found, budget) for found in self._found]
+        return propose_worthwhile(drafts, rows, plan, self._vocab_size)
+
+    def commit(
+        self, proposal: Proposal, scores: Scores, verdict: Verdict, outcome: Outcome
+    ) -> None:
+        """Moves on in the references and learns how far they can be trusted."""
+        self._ngram.commit(proposal, scores, verdict, outcome)
+        for row, follower in enumerate(self._followers):
+            if outcome.was_active[row]:
+                new = outcome.new_units[row]
+                if self._sources is not None:
+                    self._sources[row].update(self._origins(row, new, outcome.num_accepted[row]))
+                if follower is not None:
+                    follower.learn(new)
+
+    def _merged(self, found: Sequence[Draft], budget: int) -> Draft:
+        if self._num_places == 1:
+            return next(filter(len, found), Draft())
+        return found[0] if len(found) == 1 else merge(found, budget)
+
+    def _origins(self, row: int, new: Sequence[int], num_accepted: int) -> list[str]:
+        """Where each new token came from."""
+        drafted = min(num_accepted, len(new))
+        found = self._found[row]
+        told = min(_held(found[0], new), drafted) if len(found) > 1 else 0
+        return (
+            ["reference"] * told + ["ngram"] * (drafted - told) + ["target"] * (len(new) - drafted)
+        )
+
+
+class _Spelling:
+    """Text of tokens and tokens of text."""
+
+    def __init__(self, tokenizer: Any, rows: TokenRows) -> None:
+        self.tokenizer = tokenizer
+        # Markup of its own tokens (<td>, <loc_12>): their letters are none of the page's.
+        self.markup = frozenset(tokenizer.get_added_vocab().values())
+        ends = rows.eos_E.tolist()
+        self.end = ends[:1]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        decoded: str = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+    def cut(self, tail: list[int], text: str) -> list[tuple[int, int]]:
+        """Tokens of a text behind a tail, and where in the text each ends."""
+        before = self.text(tail)
+        tokens, ends = self._encoded(before + text)
+        if tokens[: len(tail)] == tail:
+            return [
+                (token, end - len(before))
+                for token, end in zip(tokens[len(tail) :], ends[len(tail) :], strict=True)
+            ]
+        return list(zip(*self._encoded(text), strict=True))
+
+    def _encoded(self, text: str) -> tuple[list[int], list[int]]:
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast
+        )
+        tokens = encoded["input_ids"]
+        if "offset_mapping" in encoded:
+            return tokens, [end for _, end in encoded["offset_mapping"]]
+        return tokens, [len(text) * (i + 1) // len(tokens) for i in range(len(tokens))]
+
+
+class _Follower:
+    """Follows one row through its reference."""
+
+    def __init__(self, reference: ReferenceText, spelling: _Spelling, num_places: int) -> None:
+        self._alignment = Alignment(reference)
+        self._num_places = num_places
+        self._spelling = spelling
+        self._calibration = Calibration()
+        self._raw = Draft()
+        self._read: list[int] = []
+        self._unread: list[int] = []
+
+    def find(self, tail: list[int], budget: int) -> Draft:
+        """What follows the tail, its scores the chances of its nodes."""
+        self._raw = Draft()
+        if budget:
+            following = self._alignment.continuations(
+                budget * _CHARACTERS_PER_TOKEN, self._num_places
+            )
+            limits = [budget] + [min(budget, _TOKENS_OF_OTHERS)] * (len(following) - 1)
+            chains = [
+                self._chain(one, tail, limit, 0.5**rank)
+                for rank, (one, limit) in enumerate(zip(following, limits, strict=True))
+            ]
+            self._raw = merge(chains, budget)
+        return self._calibration.calibrated(self._raw)
+
+    def learn(self, new: Sequence[int]) -> None:
+        """Reads what was committed behind the tail."""
+        self._calibration.learn(self._raw, new)
+        for token in new:
+            if token in self._spelling.markup:
+                self._read_text()
+                self._alignment.extend(self._spelling.text([token]), is_markup=True)
+                self._read = [token]
+            else:
+                self._unread.append(token)
+        self._read_text()
+
+    def _read_text(self) -> None:
+        """Hands the text of the unread tokens to the alignment, unless a letter is incomplete."""
+        before = self._spelling.text(self._read)
+        text = self._spelling.text(self._read + self._unread)
+        if self._unread and not text.endswith(_INCOMPLETE):
+            self._alignment.extend(text[len(before) :])
+            # A token alone may be spelled without the space that it brings behind another.
+            self._read = self._unread[-2:]
+            self._unread = []
+
+    def _chain(self, one: Continuation, tail: list[int], limit: int, share: float) -> Draft:
+        # A byte sequence that is not complete stands for no text yet.
+        cut = [] if self._unread else self._spelling.cut(tail, one.text)[:limit]
+        chance = share * (1 - (1 - _NO_MATCH) / (1 + one.match_length))
+        pieces = iter(one.chances)
+        scores, reached = [], 0
+        for _, end in cut:
+            while reached < end:
+                reached, holds = next(pieces, (end, 1.0))
+                chance *= holds
+            scores.append(chance)
+        tokens = [token for token, _ in cut]
+        if one.is_final and len(tokens) < limit:
+            tokens += self._spelling.end
+            scores += [chance] * len(self._spelling.end)
+        return Draft(tokens, list(range(-1, len(tokens) - 1)), one.match_length, scores)
+
+
+def _cut(given: Reference) -> ReferenceText | None:
+    """A reference from what a user passes; None where it has no words.
+
+    Raises:
+        ValueError: If it is no text.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str):
+        given = PageText(given)
+    if not isinstance(given, PageText):
+        raise ValueError(f"a reference must be a text, a PageText or None, got {given!r}")
+    # Half a surrogate pair is no text for a tokenizer; this keeps the length.
+    readable = given.text.encode("utf-8", "replace").decode("utf-8")
+    text = ReferenceText(readable, [(word.end, word.confidence) for word in given.words])
+    return text if text.words else None
+
+
+def _held(draft: Draft, emitted: Sequence[int]) -> int:
+    """Depth to which a draft has what was emitted."""
+    nodes = zip(draft.parents, draft.tokens, strict=True)
+    children = {node: index for index, node in enumerate(nodes)}
+    node = -1
+    for depth, token in enumerate(emitted):
+        node = children.get((node, token), -2)
+        if node == -2:
+            return depth
+    return len(emitted)

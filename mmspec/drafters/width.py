@@ -1,0 +1,58 @@
+"""How much of what was found is worth verifying: the calibrated width of retrieval drafters."""
+
+from collections.abc import Sequence
+
+from mmspec.drafters.drafts import Draft
+from mmspec.drafters.plain import root_only
+from mmspec.records import Plan, Proposal
+from mmspec.rows import TokenRows
+from mmspec.schedule import rows_behind
+from mmspec.tree import BUCKETS, pack_trees
+
+#: Units that a node must bring until it has been measured what nodes cost.
+DEFAULT_NODE_PRICE = 0.05
+
+
+def propose_worthwhile(
+    drafts: Sequence[Draft], rows: TokenRows, plan: Plan, vocab_size: int
+) -> Proposal:
+    """Packs the first nodes of each row's draft, as many as pay.
+
+    Args:
+        drafts: Of each row; the scores are the chances that nodes are accepted.
+        rows: The rows.
+        plan: Most nodes, and what a step of each width must bring.
+        vocab_size: The target's vocabulary.
+    """
+    width = worthwhile_width([draft.scores for draft in drafts], rows, plan)
+    if width == 1:
+        return root_only(rows)
+    return pack_trees(
+        [draft.tokens[: width - 1] for draft in drafts],
+        [draft.parents[: width - 1] for draft in drafts],
+        rows.roots_B(),
+        vocab_size,
+        width,
+    )
+
+
+def worthwhile_width(survivals: Sequence[Sequence[float]], rows: TokenRows, plan: Plan) -> int:
+    """The width whose drafts bring most beyond what they cost; 1 where none pays."""
+    made = [len(rows.new_tokens(row)) for row in range(rows.num_rows)]
+    behind = rows_behind(made, [not done for done in rows.host_done])
+    found = [survivals[row] for row in behind]
+    longest = max(map(len, found), default=0)
+    best_width, best_gain = 1, 0.0
+    for width in _widths(plan.width):
+        price = plan.prices.get(width, DEFAULT_NODE_PRICE * (width - 1))
+        gain = sum(sum(row[: width - 1]) for row in found) / max(len(behind), 1) - price
+        if longest and gain > best_gain:
+            best_width, best_gain = width, gain
+        if width > longest:
+            break
+    return best_width
+
+
+def _widths(widest: int) -> list[int]:
+    """The widths to choose from: a step costs what its bucket costs, so rows fill one."""
+    return [width for width in BUCKETS if 1 < width < widest] + [widest]

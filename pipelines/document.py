@@ -1,0 +1,474 @@
+"""Pages to text with a vision-language model, drafted from OCR, text layers and earlier pages."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmspec.checks import require, require_generator
+from mmspec.drafters import DrafterSpec, parse_spec
+from mmspec.drafters.reference import Reference
+from mmspec.drafters.trie import NgramTrie
+from mmspec.ocr import Engine, PageText, installed_engines, open_engine, split_into_bands
+from mmspec.pipelines.base import SpeculativePipeline, check_positive
+from mmspec.pipelines.vlm import Picture, SpeculativeVLMPipeline, opened
+from mmspec.pipelines.writing import Prompt, WrittenOutput
+from mmspec.records import Stats
+from mmspec.tree import BUCKETS
+
+logger = logging.getLogger("mmspec")
+
+#: What families were trained to be asked for a page's text, by the model type of transformers.
+PARSE_PROMPTS = {
+    "glm_ocr": "Text Recognition:",
+    "granite_docling": "Convert this page to docling.",
+    "idefics3": "Convert this page to docling.",
+    "paddleocr_vl": "OCR:",
+    "paligemma": "ocr",
+}
+#: What all others are asked.
+PARSE_PROMPT = "Convert this page to Markdown."
+
+#: Drafters that are given the pages' references.
+_GUIDED = ("auto", "reference")
+_NO_ENGINE = "no OCR engine is installed; pip install 'mmspec[ocr]', or pass ocr=None or references"
+#: Options of a call that say nothing of how a region is read.
+_OF_THE_PAGE_ALONE = {"callback_on_step_end", "streamer"}
+# Pixels around a region.
+_MARGIN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentStats:
+    """Figures of a document.
+
+    Attributes:
+        num_pages: Pages written.
+        num_units: Tokens of all pages.
+        num_target_forwards: Steps of all batches, those of the region passes included.
+        tau: Tokens per forward and row, region passes not included.
+        ocr_time_s: Seconds that the OCR engine worked, partly while the target did.
+        wall_time_s: Seconds in all.
+    """
+
+    num_pages: int
+    num_units: int
+    num_target_forwards: int
+    tau: float
+    ocr_time_s: float
+    wall_time_s: float
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Returns the figures as plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageOutput:
+    """One page.
+
+    Attributes:
+        text: What the model wrote.
+        tokens: The same, int64; the token that ended it included.
+        stats: Figures of the page; its times are those of its batch.
+        reference: Where its reference came from: "given", the name of an OCR engine, "regions", or
+            "none".
+        sources: How many of its tokens came from "reference", "ngram" and "target"; empty for other
+            drafters.
+        ocr_time_s: Seconds of OCR.
+        region_stats: Figures of its region pass.
+        error: Why it has no reference although one was asked for; the text is right all the same.
+    """
+
+    text: str
+    tokens: Tensor
+    stats: Stats
+    reference: str
+    sources: Mapping[str, int]
+    ocr_time_s: float = 0.0
+    region_stats: Stats | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentOutput:
+    """The pages, and figures over all of them.
+
+    Attributes:
+        pages: In the order given; those that were begun, if interrupted.
+        stats: Figures over all pages.
+        interrupted: True if the call was stopped before every page had ended.
+    """
+
+    pages: list[PageOutput]
+    stats: DocumentStats
+    interrupted: bool = False
+
+
+@dataclass(slots=True)
+class _Page:
+    """A page at work."""
+
+    image: Image.Image
+    source: str = "none"
+    text: Reference = None
+    error: str | None = None
+    ocr_time_s: float = 0.0
+    region_stats: Stats | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    reading: "Future[None] | None" = None
+
+    def reference(self) -> Reference:
+        """The page's reference; waits for the engine."""
+        if self.reading is not None:
+            self.reading.result()
+        return self.text
+
+
+class SpeculativeDocumentPipeline(SpeculativePipeline):
+    """Reads pages with a vision-language model; the same text as its plain decoding, sooner.
+
+    Attributes:
+        reader: The pipeline of the model, which answers the prompts.
+        drafter: Used where a call names none; "auto" drafts from references and earlier pages.
+        store: What was written on earlier pages, to draft from.
+
+    Example:
+        >>> pipe = SpeculativeDocumentPipeline.from_pretrained("some/vlm")  # doctest: +SKIP
+        >>> out = pipe(["1.png", "2.png"])  # doctest: +SKIP
+        >>> out.pages[0].text, out.stats.tau  # doctest: +SKIP
+        ('# Title ...', 9.7)
+    """
+
+    def __init__(self, reader: SpeculativeVLMPipeline, *, drafter: DrafterSpec = "auto") -> None:
+        """Wraps a pipeline; see `from_pretrained` and `from_model`.
+
+        Raises:
+            ValueError: If the drafter is unknown.
+        """
+        super().__init__(reader.model)
+        self.reader = reader
+        self.drafter: DrafterSpec = "auto" if drafter is None else drafter
+        _check_drafter(self.drafter)
+        self.clear_store()
+        self._engines: dict[str, Engine] = {}
+        self._has_warned = False
+
+    @classmethod
+    def from_pretrained(
+        cls, id_or_path: str | Path, *, drafter: DrafterSpec = "auto", **kwargs: Any
+    ) -> "SpeculativeDocumentPipeline":
+        """Loads a local folder or a hub repository of a plain transformers model.
+
+        Args:
+            id_or_path: A folder or a hub id.
+            drafter: Default of the calls.
+            **kwargs: Others of `SpeculativeVLMPipeline.from_pretrained`.
+
+        Raises:
+            ValueError: If the model's family, the drafter or the schedule is unknown.
+        """
+        _check_drafter(drafter)
+        return cls(SpeculativeVLMPipeline.from_pretrained(id_or_path, **kwargs), drafter=drafter)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        processor: Any,
+        *,
+        drafter: DrafterSpec = "auto",
+        schedule: str | None = None,
+    ) -> "SpeculativeDocumentPipeline":
+        """Uses objects that are loaded already; see `from_pretrained` for the arguments."""
+        reader = SpeculativeVLMPipeline.from_model(model, processor, schedule=schedule)
+        return cls(reader, drafter=drafter)
+
+    @property
+    def processor(self) -> Any:
+        """The model's processor."""
+        return self.reader.processor
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.reader.tokenizer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Saves the model and its processor as transformers does."""
+        self.reader.save_pretrained(folder)
+
+    def set_progress_bar_config(self, **kwargs: object) -> None:
+        """Options for tqdm, such as ``disable=True``."""
+        self.reader.set_progress_bar_config(**kwargs)
+
+    def interrupt(self) -> None:
+        """Stops the running call after its current step; it returns what it has."""
+        super().interrupt()
+        self.reader.interrupt()
+
+    def clear_store(self) -> None:
+        """Forgets earlier pages."""
+        self.store = NgramTrie(max_draft=BUCKETS[-1])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        pages: Picture | Sequence[Picture],
+        *,
+        references: Any = None,
+        ocr: str | None = "auto",
+        prompt: str | None = None,
+        store: bool = True,
+        regions: bool = False,
+        batch_size: int = 1,
+        **options: Any,
+    ) -> DocumentOutput:
+        """Writes the text of pages.
+
+        Args:
+            pages: A PIL image or the path of a file, or a list of them.
+            references: Texts that the output probably resembles, such as a PDF's text layer: one
+                for a single page, or a list with a text, a `PageText` or None for each.
+            ocr: What reads pages without a reference: a name of `mmspec.ocr.ENGINES`, "auto" (the
+                first that is installed), or None. It works beside the target.
+            prompt: What the model is asked; None is what its family was trained on, or
+                "Convert this page to Markdown.".
+            store: Draft from earlier pages, those of earlier calls included, and keep these.
+            regions: First read the parts of each page, as one batch, and draft the page from them.
+            batch_size: Pages that are written together.
+            **options: Of `SpeculativeVLMPipeline.__call__`, with ``max_new_tokens`` of 1024 and
+                ``drafter`` "auto": one that is named is used alone, without references.
+
+        Raises:
+            ValueError: On any argument out of its range, an image that cannot be read, or an OCR
+                engine that is named and not installed; before any forward.
+        """
+        started = time.perf_counter()
+        options = {"max_new_tokens": 1024} | options
+        drafter = options.pop("drafter", None) or self.drafter
+        _check_drafter(drafter)
+        check_positive("batch_size", batch_size)
+        require(prompt is None or isinstance(prompt, str), "prompt", "None or a text", prompt)
+        work = _opened_pages(pages, references)
+        batches = [work[first : first + batch_size] for first in range(0, len(work), batch_size)]
+        seeds = _seeds_by_batch(options.pop("generator", None), batches)
+        self.reader.check(len(batches[0]), **options)
+        is_guided = _name_of(drafter) in _GUIDED and options.get("decoder") != "sequential"
+        memory = self.store if store else None
+        outputs: list[WrittenOutput] = []
+        pool = ThreadPoolExecutor(max_workers=1)
+        self._interrupt = False
+        try:
+            if is_guided:
+                self._begin_reading(work, ocr, pool)
+            for batch, generator in zip(batches, seeds, strict=True):
+                if regions and is_guided:
+                    self._read_regions(batch, drafter, prompt, options)
+                if self._interrupt:
+                    break
+                spec = _guided(drafter, batch, self.tokenizer, memory) if is_guided else drafter
+                images = [page.image for page in batch]
+                outputs.append(
+                    self._ask(images, prompt, drafter=spec, generator=generator, **options)
+                )
+                if outputs[-1].interrupted:
+                    break
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return _gathered(work, outputs, time.perf_counter() - started, len(batches))
+
+    def _ask(self, images: list[Image.Image], prompt: str | None, **options: Any) -> WrittenOutput:
+        """What the model answers for each image."""
+        if prompt is None:
+            prompt = PARSE_PROMPTS.get(self.model.config.model_type, PARSE_PROMPT)
+        asked: Prompt = f"{self.processor.image_token}{prompt}"
+        if getattr(self.processor, "chat_template", None) is not None:
+            parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+            asked = [{"role": "user", "content": parts}]
+        answer = self.reader([asked] * len(images), images=[[one] for one in images], **options)
+        assert isinstance(answer, WrittenOutput)
+        return answer
+
+    def _begin_reading(self, work: list[_Page], ocr: str | None, pool: ThreadPoolExecutor) -> None:
+        """Sets the OCR engine to work on the pages without a reference."""
+        unread = [page for page in work if page.source == "none"]
+        if ocr == "auto":
+            ocr = next(iter(installed_engines()), None)
+            if ocr is None and unread:
+                self._warn_once()
+                for page in unread:
+                    page.error = _NO_ENGINE
+        if ocr is None:
+            return
+        if ocr not in self._engines:
+            self._engines[ocr] = open_engine(ocr)
+        for page in unread:
+            page.reading = pool.submit(_read, page, ocr, self._engines[ocr])
+
+    def _read_regions(
+        self, batch: list[_Page], drafter: DrafterSpec, prompt: str | None, options: dict[str, Any]
+    ) -> None:
+        """Has the model read the parts of each page; what it writes is the page's reference."""
+        kept = {name: options[name] for name in options.keys() - _OF_THE_PAGE_ALONE}
+        for page in batch:
+            bands = split_into_bands(page.image)
+            if len(bands) < 2:
+                continue
+            text = page.reference()
+            parts = []
+            for top, bottom in bands:
+                crop = page.image.crop(
+                    (0, max(top - _MARGIN, 0), page.image.width, bottom + _MARGIN)
+                )
+                has_boxes = isinstance(text, PageText) and text.words
+                part = _Page(crop)
+                part.text = text.between(top, bottom) if has_boxes else text
+                parts.append(part)
+            spec = _guided(drafter, parts, self.tokenizer, None)
+            answer = self._ask(
+                [part.image for part in parts],
+                prompt,
+                **kept | {"drafter": spec, "generator": torch.Generator()},
+            )
+            page.text, page.source = "\n\n".join(map(str.strip, answer.texts)), "regions"
+            page.region_stats = answer.stats
+
+    def _warn_once(self) -> None:
+        if not self._has_warned:
+            logger.warning("pages are drafted from n-grams alone: %s", _NO_ENGINE)
+        self._has_warned = True
+
+
+def _check_drafter(drafter: DrafterSpec) -> None:
+    """Refuses an unknown drafter.
+
+    Raises:
+        ValueError: If its name is unknown.
+    """
+    _name_of(drafter)
+
+
+def _name_of(drafter: DrafterSpec) -> str:
+    return "auto" if drafter == "auto" else parse_spec(drafter)[0]
+
+
+def _guided(
+    drafter: DrafterSpec, batch: Sequence[_Page], tokenizer: Any, memory: NgramTrie | None
+) -> DrafterSpec:
+    """The drafter of a batch: references and earlier pages."""
+    options = {} if drafter == "auto" else parse_spec(drafter)[1]
+    return {
+        "name": "reference",
+        "memory": memory,
+        **options,
+        "references": [page.reference for page in batch],
+        "tokenizer": tokenizer,
+        "sources": [page.counts for page in batch],
+    }
+
+
+def _read(page: _Page, name: str, engine: Engine) -> None:
+    """Gives a page the text that an engine finds on it."""
+    started = time.perf_counter()
+    try:
+        text = engine(page.image)
+    except Exception as error:  # a draft is no reason to lose the page, whatever the engine does
+        page.error = f"{name} failed: {error}"
+        logger.warning("a page is drafted from n-grams alone: %s", page.error)
+        return
+    finally:
+        page.ocr_time_s = time.perf_counter() - started
+    if text.text.strip():
+        page.text, page.source = text, name
+    else:
+        page.error = f"{name} found no text"
+
+
+def _opened_pages(pages: Any, references: Any) -> list[_Page]:
+    """Pages in memory, with the references that were given.
+
+    Raises:
+        ValueError: If a page cannot be read, or there is not one reference for each.
+    """
+    given = list(pages) if isinstance(pages, list | tuple) else [pages]
+    if not given:
+        raise ValueError("at least one page is needed, got an empty list")
+    if references is None or isinstance(references, str | PageText):
+        references = [references] if references is None or len(given) == 1 else references
+        texts = references * len(given) if isinstance(references, list) else None
+    else:
+        texts = list(references) if isinstance(references, list | tuple) else None
+    is_good = texts is not None and len(texts) == len(given)
+    require(is_good, "references", f"one text or None for each of {len(given)} pages", references)
+    work = []
+    for index, (picture, text) in enumerate(zip(given, texts or [], strict=True)):
+        is_text = text is None or isinstance(text, str | PageText)
+        require(is_text, f"reference {index}", "a text, a PageText or None", text)
+        page = _Page(opened(picture, f"page {index}"))
+        if text is not None and (text if isinstance(text, str) else text.text).strip():
+            page.text, page.source = text, "given"
+        work.append(page)
+    return work
+
+
+def _seeds_by_batch(generator: Any, batches: list[list[_Page]]) -> list[Any]:
+    """The generators of each batch.
+
+    Raises:
+        ValueError: If it is no generator, nor a list with one for each page.
+    """
+    require_generator(generator)
+    if not isinstance(generator, list | tuple):
+        return [generator] * len(batches)
+    num_pages = sum(map(len, batches))
+    require(len(generator) == num_pages, "generator", f"one per page, {num_pages}", generator)
+    ordered = iter(generator)
+    return [[next(ordered) for _ in batch] for batch in batches]
+
+
+def _gathered(
+    work: list[_Page], outputs: list[WrittenOutput], wall_time_s: float, num_batches: int
+) -> DocumentOutput:
+    rows = [
+        (text, tokens, stats)
+        for output in outputs
+        for text, tokens, stats in zip(output.texts, output.tokens, output.row_stats, strict=True)
+    ]
+    pages = [
+        PageOutput(
+            text=text,
+            tokens=tokens,
+            stats=stats,
+            reference=page.source,
+            sources=dict(page.counts),
+            ocr_time_s=page.ocr_time_s,
+            region_stats=page.region_stats,
+            error=page.error,
+        )
+        for page, (text, tokens, stats) in zip(work, rows, strict=False)
+    ]
+    in_regions = [page.region_stats for page in pages if page.region_stats is not None]
+    batches = [output.stats for output in outputs]
+    num_row_steps = sum(sum(page.stats.accepted_histogram) for page in pages)
+    num_units = sum(page.stats.num_units for page in pages)
+    return DocumentOutput(
+        pages=pages,
+        stats=DocumentStats(
+            num_pages=len(pages),
+            num_units=num_units,
+            num_target_forwards=sum(one.num_target_forwards for one in batches + in_regions),
+            tau=num_units / num_row_steps if num_row_steps else 0.0,
+            ocr_time_s=sum(page.ocr_time_s for page in pages),
+            wall_time_s=wall_time_s,
+        ),
+        interrupted=len(outputs) < num_batches or outputs[-1].interrupted,
+    )
