@@ -160,6 +160,25 @@ class SlotLayer(CacheLayerMixin):
             flat.index_copy_(0, target.to(flat.device), kept)
 
 
+class _ScratchLayer(SlotLayer):
+    """A layer whose forwards see what another one holds and what they write, and leave no trace."""
+
+    def __init__(self, cursor: _Cursor, held: SlotLayer) -> None:
+        super().__init__(cursor)
+        self._held = held
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Writes into a copy, which goes when the layer has been run."""
+        self.hold(buffer.clone() for buffer in self._held.buffers)
+        seen = super().update(key_states, value_states)
+        self.buffers = []
+        del self.keys, self.values
+        return seen
+
+
 class SlotCache(Cache):
     """The layers of one model and the cursor they share."""
 
@@ -239,6 +258,43 @@ class SlotCache(Cache):
         Cache.__init__(shared, layers=self.layers[:count])
         shared.cursor = self.cursor
         return shared
+
+    def scratch(self) -> "SlotCache":
+        """A cache of the same content that keeps nothing that is written into it."""
+        self.restore()
+        shared = SlotCache.__new__(SlotCache)
+        cursor = _Cursor(self.cursor.num_rows, self.cursor.capacity)
+        Cache.__init__(shared, layers=[_ScratchLayer(cursor, layer) for layer in self._filled()])
+        shared.cursor = cursor
+        return shared
+
+    def copy_slots(self, source: "SlotCache", from_BN: Tensor, to_BN: Tensor) -> None:
+        """Copies keys and values of another cache for the same layers and rows.
+
+        Args:
+            source: The other cache.
+            from_BN: Its slots.
+            to_BN: Slots of this cache; those past the capacity fall into the bin.
+        """
+        layers = source._filled()
+        while len(self.layers) < len(layers):
+            self.layers.append(self.layer_class_to_replicate())
+        for own, layer in zip(self.layers, layers, strict=True):
+            if not own.is_initialized:
+                own.lazy_initialization(layer.keys, layer.values)
+            own.settle()
+            flat_from = source._flat(from_BN).to(layer.device)
+            flat_to = self._flat(to_BN).to(own.device)
+            for held, new in zip(own.buffers, layer.buffers, strict=True):
+                states = new.flatten(0, 1).index_select(0, flat_from)
+                held.flatten(0, 1).index_copy_(0, flat_to, states.to(held.device))
+
+    def _flat(self, slots_BN: Tensor) -> Tensor:
+        """As `_Cursor.flat`, for slots in the order of the batch."""
+        place = {row: place for place, row in enumerate(self.cursor.order)}
+        places_B = torch.tensor([place[row] for row in range(len(place))], device=slots_BN.device)
+        slots_BN = slots_BN.clamp(max=self.cursor.capacity - 1)
+        return (slots_BN + places_B[:, None] * self.cursor.capacity).flatten()
 
     def _filled(self) -> list[SlotLayer]:
         filled = [layer for layer in self.layers if layer.is_initialized]

@@ -47,6 +47,7 @@ class Engine(Generic[ProposalT, ScoresT, VerdictT]):
         self.target.prefill()
         self.drafter.prefill()
         self._is_prefilled = True
+        self.ledger.num_extra_forwards += getattr(self.drafter, "num_target_forwards", 0)
         self.ledger.prefill_time_s += time.perf_counter() - started
 
     @torch.no_grad()

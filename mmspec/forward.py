@@ -76,14 +76,26 @@ class PromptExtras:
         inputs: More inputs of the forward that reads the prompts, as the model's ``forward`` names
             them; those with a value per token are padded on the right.
         place: As in `SlotForward`.
+        kept: Indices in each prompt that the model reads, ascending, the last among them; None is
+            all. ``inputs`` and ``place`` are then those of the shortened rows.
+        padding: Value behind a row in inputs with a value per token.
+        num_target_forwards: Forwards of the target that it took to say so.
         placeholders: Token ids that stand for something else than text.
-        seen_by: What the same prompts have for another model; None where that is not known.
+        seen_by: What the same prompts have for another model, for each of some choices of visual
+            tokens (`mmspec.visual_tokens.VisualTokens`). Refuses at once; what it returns is to be
+            called when the target, whose forward is given, has read the prompts. None where that
+            is not known.
     """
 
     inputs: Mapping[str, Any] = field(default_factory=dict)
     place: Callable[[Tensor], Tensor] | None = None
+    kept: Sequence[Sequence[int]] | None = None
+    padding: int = 0
+    num_target_forwards: int = 0
     placeholders: Collection[int] = ()
-    seen_by: Callable[[Any], "PromptExtras"] | None = None
+    seen_by: (
+        Callable[[Any, Sequence[Any], "SlotForward"], Callable[[], list["PromptExtras"]]] | None
+    ) = None
 
 
 class SlotForward:

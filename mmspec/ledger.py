@@ -11,6 +11,7 @@ class Ledger:
         steps: The lines so far.
         units: Units per row, the prompt excluded.
         prefill_time_s: Seconds before the first step.
+        num_extra_forwards: Forwards of the target that the drafter asked for before the first step.
     """
 
     def __init__(self, *, drafter: str, guarantee: Guarantee) -> None:
@@ -18,6 +19,7 @@ class Ledger:
         self.steps: list[StepRecord] = []
         self.units: list[list[int]] = []
         self.prefill_time_s = 0.0
+        self.num_extra_forwards = 0
         self._drafter = drafter
         self._guarantee = guarantee
 
@@ -75,13 +77,14 @@ class Ledger:
         accepted = [s.num_accepted[r] for s, r in active]
         levels = [s.num_levels[r] for s, r in active]
         num_units = sum(len(self.units[r]) for r in rows)
+        num_row_forwards = len(active) + self.num_extra_forwards * len(rows)
         draft_s = sum(s.draft_time_s for s in self.steps)
         verify_s = sum(s.verify_time_s for s in self.steps)
         other_s = sum(s.other_time_s for s in self.steps)
         return Stats(
             num_units=num_units,
-            num_target_forwards=len({s.index for s, _ in active}),
-            tau=num_units / len(active) if active else 0.0,
+            num_target_forwards=len({s.index for s, _ in active}) + self.num_extra_forwards,
+            tau=num_units / num_row_forwards if active else 0.0,
             num_drafted=sum(s.num_drafted[r] for s, r in active),
             num_accepted=sum(accepted),
             accepted_histogram=_histogram(accepted),

@@ -188,7 +188,8 @@ class Stats:
         num_units: Units generated.
         num_target_forwards: Steps, which are the target's forwards with the prefill among them: it
             answers the first step, so plain decoding of N units takes N forwards. (A schedule of
-            your own that drafts in the first step pays one forward more.)
+            your own that drafts in the first step pays one forward more, and so does a drafter
+            that asks the target which visual tokens matter.)
         tau: Units per target forward and row, the bonus included.
         num_drafted: Units drafted.
         num_accepted: Drafted units that were accepted.

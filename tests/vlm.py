@@ -152,9 +152,9 @@ def siglip(**changes: Any) -> Any:
     return transformers.SiglipVisionConfig(**(TOWER | {"vision_use_head": False} | changes))
 
 
-def llava() -> Any:
+def llava(text_config: Any = None) -> Any:
     return transformers.LlavaConfig(
-        text_config=llama(),
+        text_config=text_config or llama(),
         vision_config=clip(),
         image_token_index=IMAGE,
         image_seq_length=4,

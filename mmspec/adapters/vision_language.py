@@ -10,13 +10,14 @@ Shape suffixes as in `mmspec.records`, and
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mmspec.adapters.visual_tokens import PromptImages
 from mmspec.forward import PromptExtras
 from mmspec.rows import TokenRows
 
@@ -102,23 +103,38 @@ def extras_in_generate(
     if types is not None and family.causal_type is not None and not is_continued:
         more["token_type_ids"] = _right_padded(types, is_token_BP, family.causal_type)
     positions = None if is_continued else inputs.get("position_ids")
-    is_shown = "image" in features and "pixel_values" in given and not is_continued
 
-    def seen_by(other: Any) -> PromptExtras:
+    def load(other: Any) -> Callable[[], PromptExtras]:
         if _placeholders(other.config) != placeholders or other.config.model_type not in FAMILIES:
             raise ValueError(
                 f"{type(other).__name__} does not read the images of {name}'s prompts; use "
                 "visual_tokens='none'"
             )
-        theirs = prepare(other, given, num_rows=rows.num_rows)
-        return extras_in_generate(other, rows, theirs, is_token_BP, given)
+        # Nothing to read: what is refused is refused before the other tower runs.
+        extras_in_generate(other, rows, {}, is_token_BP, {})
 
-    return PromptExtras(
+        def read() -> PromptExtras:
+            theirs = prepare(other, given, num_rows=rows.num_rows)
+            return extras_in_generate(other, rows, theirs, is_token_BP, given)
+
+        return read
+
+    extras = PromptExtras(
         inputs=more,
         place=_place(family, rows, positions, is_token_BP),
+        padding=family.causal_type or 0,
         placeholders=placeholders,
-        seen_by=seen_by if is_shown else None,
     )
+    if is_continued and _has_any(rows, placeholders):
+        return extras
+    images = PromptImages(
+        model,
+        rows,
+        extras,
+        load=load,
+        has_pictures="pixel_values" in given,
+    )
+    return replace(extras, seen_by=images.seen_by)
 
 
 def prepare(model: Any, given: Mapping[str, Any], *, num_rows: int | None = None) -> dict[str, Any]:

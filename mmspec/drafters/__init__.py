@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from mmspec.checks import require_known
+from mmspec.drafters.sight import sights_of, views_of
 from mmspec.forward import PromptExtras
 from mmspec.rows import TokenRows
 from mmspec.sampling import Law
@@ -17,14 +18,15 @@ TABLE = {
     "ngram": ("mmspec.drafters.ngram", "NgramDrafter"),
     "reference": ("mmspec.drafters.reference", "ReferenceDrafter"),
     "model": ("mmspec.drafters.model", "ModelDrafter"),
+    "mixed": ("mmspec.drafters.mixed", "MixedDrafter"),
     "cross_tokenizer": ("mmspec.drafters.cross_tokenizer", "CrossTokenizerDrafter"),
     "early_exit": ("mmspec.drafters.model", "EarlyExitDrafter"),
     "jacobi": ("mmspec.drafters.jacobi", "JacobiDrafter"),
     "denoise": ("mmspec.drafters.denoise", "DenoiseDrafter"),
 }
 
-#: How much of an image a smaller model is shown.
-VISUAL_TOKENS = ("none", "all")
+#: The `model` drafter where the model is the target.
+OWN_CACHE = ("mmspec.drafters.own_cache", "OwnCacheDrafter")
 
 DrafterSpec = str | Mapping[str, Any] | nn.Module | None
 
@@ -53,6 +55,7 @@ def parse_spec(spec: DrafterSpec) -> tuple[str, dict[str, Any]]:
             f"drafter must be a name, a mapping with a 'name', or a model; got {spec!r}"
         )
     require_known("drafter", name, sorted(TABLE))
+    sights_of(name, options)
     return name, options
 
 
@@ -80,9 +83,6 @@ def build_drafter(
         ValueError: On an unknown name or an option that the drafter does not take.
     """
     name, options = parse_spec(spec)
-    module, class_name = TABLE[name]
-    cls = getattr(importlib.import_module(module), class_name)
-    vocab_size = target.vocab_size
     if name == "denoise" and "denoiser" not in options:
         raise ValueError(
             "the 'denoise' drafter needs the denoiser of a fine-tuned image model; use "
@@ -90,7 +90,7 @@ def build_drafter(
         )
     extras: PromptExtras | None = getattr(target, "extras", None)
     placeholders = () if extras is None else extras.placeholders
-    arguments: tuple[Any, ...] = (rows, vocab_size)
+    arguments: tuple[Any, ...] = (rows, target.vocab_size)
     if name == "none":
         pass
     elif name in ("ngram", "reference"):
@@ -105,31 +105,58 @@ def build_drafter(
         } | options
     elif name == "early_exit":
         depth = target.forward.model.config.get_text_config(decoder=True).num_hidden_layers
-        arguments = (target.forward, rows, vocab_size, law)
+        arguments = (target.forward, *arguments, law)
         options = {"num_layers": max(1, depth // 3), "shared_noise": shared_noise} | options
     else:
-        if "model" not in options:
-            raise ValueError(
-                f"the {name!r} drafter needs a loaded model: {{'name': {name!r}, 'model': m, ...}}"
-            )
-        model = options.pop("model")
-        arguments = (model, rows, vocab_size, law)
-        options = {"shared_noise": shared_noise} | options
-        if name == "model" and extras is not None:
-            options |= _sight(options.pop("visual_tokens", "none"), model, extras)
-        elif name == "cross_tokenizer":
-            options["placeholders"] = placeholders
+        return _with_model(name, options, target, rows, law, shared_noise)
+    return _made(name, TABLE[name], arguments, options)
+
+
+def _with_model(
+    name: str,
+    options: dict[str, Any],
+    target: Any,
+    rows: TokenRows,
+    law: Law,
+    shared_noise: bool,
+) -> Any:
+    """A drafter with a model of its own, or with the target as that."""
+    sights = sights_of(name, options)
+    options = {"shared_noise": shared_noise} | options
+    extras: PromptExtras | None = getattr(target, "extras", None)
+    placeholders = () if extras is None else extras.placeholders
+    if any(sight.choice == "self" for sight in sights):
+        (sight,) = sights
+        del options["visual_tokens"]
+        options |= {"sight": sight, "placeholders": placeholders}
+        return _made(name, OWN_CACHE, (target.forward, rows, target.vocab_size, law), options)
+    if "model" not in options:
+        raise ValueError(
+            f"the {name!r} drafter needs a loaded model: {{'name': {name!r}, 'model': m, ...}}"
+        )
+    model = options.pop("model")
+    if name == "cross_tokenizer":
+        options["placeholders"] = placeholders
+    elif name == "mixed":
+        options.pop("members", None)
+        options |= {"views": views_of(sights, model, target, rows), "num_views": len(sights)}
+    else:
+        options.pop("visual_tokens", None)
+        views = views_of(sights, model, target, rows)
+        options["view"] = lambda: views()[0]
+    return _made(name, TABLE[name], (model, rows, target.vocab_size, law), options)
+
+
+def _made(
+    name: str, where: tuple[str, str], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    """The drafter of a module, with its options.
+
+    Raises:
+        ValueError: On an option that it does not take.
+    """
+    module, class_name = where
     try:
-        return cls(*arguments, **options)
+        return getattr(importlib.import_module(module), class_name)(*arguments, **options)
     except TypeError as error:
         raise ValueError(f"drafter {name!r} does not take these options: {error}") from error
-
-
-def _sight(visual_tokens: str, model: Any, extras: PromptExtras) -> dict[str, Any]:
-    """Options of the model drafter for prompts with images."""
-    require_known("visual_tokens", visual_tokens, VISUAL_TOKENS)
-    if visual_tokens == "none":
-        return {"placeholders": extras.placeholders}
-    if extras.seen_by is None:
-        raise ValueError("visual_tokens='all' needs the pixel_values of images, and none are given")
-    return {"extras": extras.seen_by(model)}

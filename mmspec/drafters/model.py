@@ -3,7 +3,7 @@
 import copy
 import functools
 import types
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 from mmspec.sampling import Law, LawContext, sample
 from mmspec.tree import pack_chain
+from mmspec.visual_tokens import index_table
 
 
 def draw(
@@ -40,10 +41,14 @@ def draw(
 class ModelDrafter:
     """Drafts a chain with a smaller model that shares the target's tokens.
 
-    Of prompts with images it reads the text alone, unless it is told what it sees in their place.
+    A row that it reads is the target's, or some indices of it: of prompts with images it may be
+    shown a part. It may read every row in several such views at once; then its rows are those of
+    the first view, those of the second, and so on, and a subclass says what they amount to.
 
     Attributes:
         forward: The model on its slot cache.
+        num_prompt_tokens: Tokens of each prompt that it reads, by view and row.
+        num_target_forwards: Forwards of the target that it took to choose them.
     """
 
     name = "model"
@@ -57,8 +62,8 @@ class ModelDrafter:
         *,
         shared_noise: bool = True,
         cache: SlotCache | None = None,
-        placeholders: Collection[int] = (),
-        extras: PromptExtras | None = None,
+        view: Callable[[], PromptExtras] = PromptExtras,
+        num_views: int = 1,
     ) -> None:
         """Wraps a model.
 
@@ -70,39 +75,50 @@ class ModelDrafter:
             shared_noise: Draw with the target's own noise (Gumbel coupling, for the exact rule);
                 otherwise sample freshly and report the law (for speculative sampling).
             cache: Share this cache instead of making one.
-            placeholders: Tokens of a prompt that are left out of the drafter's own; the token that
-                ends it is not.
-            extras: What the prompts have for this model besides token ids; not together with
-                ``placeholders``.
+            view: Asked before the prompts are read, and after the target has read them: what this
+                model reads of them, for the rows of all views. The default is all their tokens.
+            num_views: How often each row is read.
         """
-        self._extras = extras
         self.forward = SlotForward(
-            model,
-            num_rows=rows.num_rows,
-            capacity=rows.capacity,
-            cache=cache,
-            place=None if extras is None else extras.place,
+            model, num_rows=rows.num_rows * num_views, capacity=rows.capacity, cache=cache
         )
+        self.num_target_forwards = 0
         self._rows = rows
         self._vocab_size = vocab_size
         self._own_vocab = model.get_output_embeddings().weight.shape[0]
         self._law = law
         self._shared_noise = shared_noise
-        self._num_left_out, self._index_BT = [0] * rows.num_rows, None
-        if placeholders:
-            self._num_left_out, self._index_BT = _without(rows, frozenset(placeholders))
-        self._num_cached = [0] * rows.num_rows
+        self._view = view
+        self._num_views = num_views
+        self.num_prompt_tokens = [*rows.prompt_lengths] * num_views
+        self._index_RT: Tensor | None = None
+        self._num_cached = [0] * (rows.num_rows * num_views)
         self._root_slot: list[int] = []
 
     def prefill(self) -> None:
         """Reads prompts that have more than tokens; the first draft feeds any other."""
-        if self._extras is None:
+        view = self._look()
+        if not view.inputs:
             return
-        counts = self._rows.prompt_lengths
-        ids = self._rows.tokens_BT[:, : max(counts)]
-        inputs = {"input_ids": ids, **self._extras.inputs}
+        counts = self.num_prompt_tokens
+        ids = self._repeated(self._rows.tokens_BT)
+        if self._index_RT is not None:
+            ids = ids.gather(1, self._index_RT)
+        inputs = {"input_ids": ids[:, : max(counts)], **view.inputs}
         self.forward.extend(inputs, [0] * len(counts), counts)
         self._num_cached = [count - 1 for count in counts]
+
+    def _look(self) -> PromptExtras:
+        """Asks what to read, and makes room for no more."""
+        view = self._view()
+        self.num_target_forwards = view.num_target_forwards
+        self.forward.place = view.place
+        if view.kept is not None:
+            self.num_prompt_tokens = [*map(len, view.kept)]
+            self._index_RT = index_table(self._rows, view.kept)
+            shorter = min(self._num_left_out())
+            self.forward.cache = SlotCache(len(view.kept), self._rows.capacity - shorter)
+        return view
 
     def propose(self, plan: Plan) -> Proposal:
         """A chain of ``plan.width - 1`` drafts per active row."""
@@ -134,15 +150,24 @@ class ModelDrafter:
         if proposal.width == 1:
             return
         last_slots = self._last_slots()
-        for row, accepted in enumerate(outcome.num_accepted):
+        for row, accepted in enumerate(outcome.num_accepted * self._num_views):
             # The last draft was never fed, so at most width - 2 accepted drafts are cached.
             kept = self._root_slot[row] + 1 + min(accepted, proposal.width - 2)
             self._num_cached[row] = min(kept, last_slots[row])
 
+    def _num_left_out(self) -> list[int]:
+        """Tokens of each prompt that this model does not read."""
+        whole = self._rows.prompt_lengths * self._num_views
+        return [n - read for n, read in zip(whole, self.num_prompt_tokens, strict=True)]
+
     def _last_slots(self) -> list[int]:
         """Where the last token of each row stands among those that this model reads."""
-        pairs = zip(self._rows.host_tokens, self._num_left_out, strict=True)
+        pairs = zip(self._rows.host_tokens * self._num_views, self._num_left_out(), strict=True)
         return [len(tokens) - 1 - left_out for tokens, left_out in pairs]
+
+    def _repeated(self, values_BT: Tensor) -> Tensor:
+        """A value of each row for each time that it is read."""
+        return values_BT if self._num_views == 1 else values_BT.repeat(self._num_views, 1)
 
     def _next_law(self, scratch_BT: Tensor, depth: int) -> Tensor:
         """Feeds what is missing up to ``depth`` behind the root; returns the law of the next.
@@ -154,14 +179,17 @@ class ModelDrafter:
         wanted = [slot + 1 + depth for slot in self._root_slot]
         counts = [n - cached for n, cached in zip(wanted, self._num_cached, strict=True)]
         cached_B = torch.tensor(self._num_cached, device=scratch_BT.device)
-        num_fed = max(counts[row] for row in rows.active)
+        active = [
+            view * rows.num_rows + row for view in range(self._num_views) for row in rows.active
+        ]
+        num_fed = max(counts[row] for row in active)
         ahead = torch.arange(num_fed, device=scratch_BT.device)
         index = (cached_B[:, None] + ahead).clamp(max=rows.capacity - 1)
-        if self._index_BT is not None:
-            index = self._index_BT.gather(1, index)
-        ids = self._embeddable(scratch_BT.gather(1, index))
+        if self._index_RT is not None:
+            index = self._index_RT.gather(1, index)
+        ids = self._embeddable(self._repeated(scratch_BT).gather(1, index))
         logits = as_law_dtype(
-            self.forward.extend({"input_ids": ids}, self._num_cached, counts, rows.active)
+            self.forward.extend({"input_ids": ids}, self._num_cached, counts, active)
         )
         positions = rows.lengths_B[:, None] - 1 + depth
         self._num_cached = wanted
@@ -175,7 +203,13 @@ class ModelDrafter:
             lengths_B=rows.lengths_B + depth,
             prompt_lengths_B=rows.prompt_lengths_B,
         )
-        return self._law(self._aligned(logits), context)
+        views = self._aligned(logits).chunk(self._num_views)
+        return self._combined([self._law(view, context) for view in views])
+
+    def _combined(self, laws: list[Tensor]) -> Tensor:
+        """The law to draft from, from that of each view, ``[B, 1, V]``."""
+        (law,) = laws
+        return law
 
     def _embeddable(self, tokens: Tensor) -> Tensor:
         """Target tokens that this model does not have become token 0; the guess is then poor."""
@@ -220,8 +254,8 @@ class EarlyExitDrafter(ModelDrafter):
             law,
             shared_noise=shared_noise,
             cache=target.cache,
-            extras=PromptExtras(place=target.place),
         )
+        self.forward.place = target.place
         self._target_cache = target.cache
         self._num_layers = num_layers
 
@@ -235,23 +269,6 @@ class EarlyExitDrafter(ModelDrafter):
     ) -> None:
         """The target's verification has cached everything."""
         self._num_cached = [len(tokens) - 1 for tokens in self._rows.host_tokens]
-
-
-def _without(rows: TokenRows, left_out: frozenset[int]) -> tuple[list[int], Tensor | None]:
-    """How many tokens of each prompt are left out, and which token of a row stands where then.
-
-    Returns:
-        The counts, and ``[B, T]`` indices; None where nothing is left out.
-    """
-    counts, table = [], []
-    for prompt in rows.host_tokens:
-        kept = [index for index, token in enumerate(prompt[:-1]) if token not in left_out]
-        counts.append(len(prompt) - 1 - len(kept))
-        behind = range(len(prompt) - 1, rows.capacity)
-        table.append([*kept, *behind, *[rows.capacity - 1] * counts[-1]])
-    if not any(counts):
-        return counts, None
-    return counts, torch.tensor(table, device=rows.tokens_BT.device)
 
 
 def first_layers(model: Any, num_layers: int) -> Any:

@@ -6,6 +6,7 @@ from tiny import VOCAB, make_engine, make_rows, tiny_model
 
 from mmspec.drafters.model import ModelDrafter, first_layers
 from mmspec.law_config import LawConfig
+from mmspec.visual_tokens import text_of
 
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11], [3]]
 BUDGETS = [14, 9, 17]
@@ -74,7 +75,9 @@ def test_placeholders_are_left_out_of_what_is_read(model):
     proposals = []
 
     def make(target, rows, law):
-        drafter = ModelDrafter(small, rows, target.vocab_size, law, placeholders=(hole,))
+        drafter = ModelDrafter(
+            small, rows, target.vocab_size, law, view=lambda: text_of(rows, (hole,))
+        )
         propose = drafter.propose
 
         def watched(plan):
