@@ -15,6 +15,7 @@ from mmspec.speculation import Settings
 
 CAPTIONS = {"model": TINY, "captions": 2, "max_new_tokens": 12, "repeats": 1}
 CAPTIONS |= {"dtype": "float64", "batch": "1,2", "temperature": "0,1"}
+CAPTIONS |= {"schedule": "fixed", "width": 4}
 PAGES = {"model": TINY, "pages": 2, "document": 2, "max_new_tokens": 16, "repeats": 1}
 PAGES |= {"dtype": "float64", "batch": "1,2"}
 
@@ -45,11 +46,12 @@ def test_captions(tmp_path, capsys):
     generate = rows[0.0, 1, "all", "generate"]
     assert (generate["num_forwards"], generate["tau"]) == (2 * 12, 1)
 
-    # The drafter reads the prompt of each caption: 4 letters, and 16, 1, 1, 1 or no visual tokens.
+    # The drafter reads the prompt of each caption: 3 letters, and 16, 1, 1, 1 or no visual tokens;
+    # without any, it reads the first token of the answer with it.
     read = {key[3]: row.get("drafter_prompt_tokens") for key, row in rows.items() if key[0] == 0}
-    assert read["model_all"] == 2 * 20
-    assert read["model_uniform"] == read["model_attention"] == read["model_pool"] == 2 * 5
-    assert read["model_none"] <= 2 * 5
+    assert read["model_all"] == 2 * 19
+    assert read["model_uniform"] == read["model_attention"] == read["model_pool"] == 2 * 4
+    assert read["model_none"] == 2 * 4
     assert read["ngram"] is None
 
     # The same command has nothing left to do, and another filter looks at its own samples.
@@ -57,8 +59,8 @@ def test_captions(tmp_path, capsys):
     again = vlm.run(**CAPTIONS | {"batch": "1", "temperature": "0"}, out=tmp_path, minutes=0)
     assert (tmp_path / "vlm.jsonl").read_text() == samples
     assert (again["left_out"], {r["batch"] for r in again["rows"]}) == ([], {1})
-    fixed = vlm.run(**CAPTIONS, schedule="fixed", width=4, out=tmp_path, minutes=0)
-    assert "inputs not measured" in fixed["left_out"][0]
+    adaptive = vlm.run(**CAPTIONS | {"schedule": "adaptive"}, out=tmp_path, minutes=0)
+    assert "inputs not measured" in adaptive["left_out"][0]
 
 
 def written_on(entries):
@@ -85,7 +87,7 @@ def pages(monkeypatch):
 
 
 def test_pages_with_a_text_to_draft_from(tmp_path, pages):
-    line = document.run(**PAGES, systems=",".join(document.SYSTEMS), out=tmp_path)
+    line = document.run(**PAGES, out=tmp_path)
     check_final_line(line)
     assert (line["failures"], line["left_out"]) == ([], [])
     rows = rows_of(line)
@@ -164,7 +166,7 @@ def test_unknown_names_are_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="unknown OCR engine 'eyes'"):
         document.run(**PAGES, ocr="eyes", out=tmp_path)
     with pytest.raises(ValueError, match="unknown schedule 'later'"):
-        vlm.run(**CAPTIONS, schedule="later", out=tmp_path)
+        vlm.run(**CAPTIONS | {"schedule": "later"}, out=tmp_path)
     with pytest.raises(ValueError, match="unknown model 'huge'"):
         load_vlm("huge", "float32")
     with pytest.raises(ValueError, match="no pictures to caption come with 'pages'"):
