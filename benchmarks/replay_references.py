@@ -13,14 +13,12 @@ import random
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from mmspec.adapters.smollm2 import load_smollm2
-from mmspec.drafters.ngram import NgramDrafter
 from mmspec.drafters.reference import ReferenceDrafter
 from mmspec.drafters.trie import NgramTrie
 from mmspec.ocr import open_engine

@@ -157,7 +157,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         super().__init__(reader.model)
         self.reader = reader
         self.drafter: DrafterSpec = "auto" if drafter is None else drafter
-        _check_drafter(self.drafter)
+        _name_of(self.drafter)
         self.clear_store()
         self._engines: dict[str, Engine] = {}
         self._has_warned = False
@@ -176,7 +176,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         Raises:
             ValueError: If the model's family, the drafter or the schedule is unknown.
         """
-        _check_drafter(drafter)
+        _name_of(drafter)
         return cls(SpeculativeVLMPipeline.from_pretrained(id_or_path, **kwargs), drafter=drafter)
 
     @classmethod
@@ -255,14 +255,15 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         started = time.perf_counter()
         options = {"max_new_tokens": 1024} | options
         drafter = options.pop("drafter", None) or self.drafter
-        _check_drafter(drafter)
+        name = _name_of(drafter)
         check_positive("batch_size", batch_size)
         require(prompt is None or isinstance(prompt, str), "prompt", "None or a text", prompt)
         work = _opened_pages(pages, references)
         batches = [work[first : first + batch_size] for first in range(0, len(work), batch_size)]
         seeds = _seeds_by_batch(options.pop("generator", None), batches)
         self.reader.check(len(batches[0]), **options)
-        is_guided = _name_of(drafter) in _GUIDED and options.get("decoder") != "sequential"
+        is_guided = name in _GUIDED and options.get("decoder") != "sequential"
+        drafter = None if name == "auto" else drafter
         memory = self.store if store else None
         outputs: list[WrittenOutput] = []
         pool = ThreadPoolExecutor(max_workers=1)
@@ -348,16 +349,12 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         self._has_warned = True
 
 
-def _check_drafter(drafter: DrafterSpec) -> None:
-    """Refuses an unknown drafter.
+def _name_of(drafter: DrafterSpec) -> str:
+    """The name of a drafter.
 
     Raises:
-        ValueError: If its name is unknown.
+        ValueError: If it is unknown.
     """
-    _name_of(drafter)
-
-
-def _name_of(drafter: DrafterSpec) -> str:
     return "auto" if drafter == "auto" else parse_spec(drafter)[0]
 
 
@@ -365,7 +362,7 @@ def _guided(
     drafter: DrafterSpec, batch: Sequence[_Page], tokenizer: Any, memory: NgramTrie | None
 ) -> DrafterSpec:
     """The drafter of a batch: references and earlier pages."""
-    options = {} if drafter == "auto" else parse_spec(drafter)[1]
+    options = {} if drafter is None else parse_spec(drafter)[1]
     return {
         "name": "reference",
         "memory": memory,

@@ -180,8 +180,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
             raise ValueError(
                 f"{name} has {places} places for images ({token!r}) and {len(pictures)} images"
             )
-        opened = [opened(one, f"image {k} of {name}") for k, one in enumerate(pictures)]
-        return text, opened
+        return text, [opened(one, f"image {k} of {name}") for k, one in enumerate(pictures)]
 
     def _encode(self, texts: list[str], pictures: list[list[Image.Image]]) -> dict[str, Any]:
         """Prompts padded on the left and the model's image inputs, on its device."""

@@ -146,7 +146,8 @@ class Alignment:
         old = self._cost
         new = old + _INSERT
         # Nothing was read where the output stands before the reference.
-        np.minimum(new[1:], old[:-1] + (self.reference.symbols != symbol) * _SUBSTITUTE, new[1:])
+        replaced = old[:-1] + (self.reference.symbols != symbol) * _SUBSTITUTE
+        np.minimum(new[1:], replaced, out=new[1:])
         new -= self._slope
         np.minimum.accumulate(new, out=new)
         new += self._slope

@@ -1,0 +1,178 @@
+"""The reference drafter: how many forwards a text saves, and that no text can do harm."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from tiny import tiny_model
+from vlm_processors import LETTERS, tokenizer
+
+from mmspec.drafters.reference import ReferenceDrafter
+from mmspec.law_config import LawConfig
+from mmspec.noise import row_keys
+from mmspec.ocr import PageText
+from mmspec.records import Outcome, Plan
+from mmspec.rows import TokenRows
+from mmspec.sampling import build_law
+from mmspec.speculation import Settings, build_engine
+
+LETTER = tokenizer()
+END = LETTER.eos_token_id
+TRUTH = (
+    "it was the best of times, it was the worst of times, it was the age of wisdom, it was the "
+    "age of foolishness, it was the epoch of belief, it was the epoch of incredulity"
+)
+FREE = {2**k: 0.0 for k in range(8)}
+
+
+def rows_of(prompts, **options):
+    return TokenRows(
+        prompts,
+        max_new_tokens=[1000] * len(prompts),
+        keys_B=torch.zeros(len(prompts), dtype=torch.long),
+        eos_token_ids=[END],
+        **options,
+    )
+
+
+def forwards(reference, truth=TRUTH, width=16, **options):
+    """Forwards until a target that writes the truth has done so."""
+    rows = rows_of([LETTER.encode("=")])
+    options = {"references": [reference], "tokenizer": LETTER, "branching": 1} | options
+    drafter = ReferenceDrafter(rows, len(LETTER), **options)
+    drafter.prefill()
+    wanted = [*LETTER.encode(truth), END]
+    count = 0
+    while wanted:
+        proposal = drafter.propose(Plan(width=width if count else 1, prices=FREE))
+        drafts = proposal.tokens_BN[0, 1 : 1 + proposal.num_drafted[0]].tolist()
+        agreed = next((i for i, (a, b) in enumerate(zip(drafts, wanted)) if a != b), len(drafts))
+        new = wanted[: min(agreed, len(wanted) - 1) + 1]
+        rows.host_tokens[0] += new
+        wanted = wanted[len(new) :]
+        drafter.commit(
+            proposal,
+            None,
+            None,
+            Outcome(
+                new_units=(new,),
+                num_accepted=(len(new) - 1,),
+                done=(not wanted,),
+                was_active=(True,),
+            ),
+        )
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("width", [2, 4, 16, 64])
+def test_a_reference_that_is_the_output_takes_a_forward_per_width(width):
+    """The first step is plain; every later one brings its width, the end included."""
+    # A chain needs some trust before it is drafted whole, and every draft has it at these prices.
+    assert forwards(TRUTH, width=width) == 1 + math.ceil(len(TRUTH) / width)
+
+
+def test_without_a_reference_there_is_retrieval_alone():
+    alone = forwards(None)
+    assert forwards("") == forwards(" . ") == forwards(PageText("")) == alone
+    assert forwards(TRUTH) < alone < len(TRUTH)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        TRUTH.replace("worst", "w0rst"),
+        TRUTH.replace("the age of wisdom, ", ""),
+        TRUTH.replace("best", "very best and finest"),
+        TRUTH.replace(" ", "\n"),
+        TRUTH.upper(),
+    ],
+)
+def test_a_difference_costs_a_few_forwards(reference):
+    fewest = forwards(TRUTH)
+    # Upper case has no token here, so only alignment could find the place, and drafts none.
+    limit = 200 if reference.isupper() else fewest + 5
+    assert fewest <= forwards(reference) <= limit
+
+
+def test_sources_are_counted():
+    sources = [Counter()]
+    count = forwards(TRUTH, sources=sources)
+    assert sources[0]["target"] == count
+    assert sources[0].total() == len(TRUTH) + 1
+    assert sources[0]["reference"] > 0.9 * (sources[0].total() - count)
+
+
+def test_a_reference_may_come_late():
+    asked = []
+
+    def read():
+        asked.append(len(asked))
+        return PageText(TRUTH)
+
+    assert forwards(read) == forwards(TRUTH)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"references": ["a", "b"]}, "references must hold one per row, 1"),
+        ({"references": "a"}, "references must hold one per row, 1"),
+        ({"references": [3]}, "a reference must be a text, a PageText or None, got 3"),
+        ({"references": [None], "sources": []}, "sources must hold one per row, 1; got 0"),
+    ],
+)
+def test_what_is_no_reference_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReferenceDrafter(rows_of([[1]]), 50, **({"tokenizer": LETTER} | options))
+
+
+# --------------------------------------------------------------------------- exactness
+
+
+LIES = {
+    "none": None,
+    "empty": "",
+    "other": "a text of which nothing comes true, 123",
+    "unknown": "漢字ß\x00\udfff\ufffd<image><pad><end>" * 5,
+    "long": "ab " * 2000,
+}
+PROMPTS = ["abc", "the lazy dog", "12"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("Llama", vocab_size=len(LETTERS) + 11)
+
+
+def written(model, drafter, count, rule="exact"):
+    rows = TokenRows(
+        [LETTER.encode(prompt) for prompt in PROMPTS[:count]],
+        max_new_tokens=[40] * count,
+        keys_B=row_keys(torch.Generator().manual_seed(0), count),
+    )
+    settings = Settings(drafter=drafter, width=16, rule=rule, schedule="fixed")
+    result = build_engine(model, rows, build_law(LawConfig()), settings).run()
+    return [rows.new_tokens(row) for row in range(count)], result.stats
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_do_not_change_the_output(model, lie, count):
+    plain, _ = written(model, "none", count)
+    references = [LIES[lie], LETTER.decode(plain[-1]), None][:count]
+    drafter = {"name": "reference", "references": references, "tokenizer": LETTER}
+    assert written(model, drafter, count)[0] == plain
+    assert written(model, drafter, count, rule="block")[0] == plain
+
+
+def test_each_row_has_its_own_reference(model):
+    plain, stats = written(model, "none", 3)
+    right = [LETTER.decode(tokens, skip_special_tokens=False) for tokens in plain]
+    drafter = {"name": "reference", "tokenizer": LETTER}
+    out, fast = written(model, {**drafter, "references": right}, 3)
+    mixed, slow = written(model, {**drafter, "references": right[::-1]}, 3)
+    assert out == mixed == plain
+    assert fast.num_target_forwards < slow.num_target_forwards <= stats.num_target_forwards

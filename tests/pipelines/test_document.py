@@ -1,0 +1,240 @@
+"""Document pipeline: the tokens of plain decoding, whatever the drafts are made of."""
+
+import pytest
+import torch
+from PIL import Image
+from vlm import tiny_vlm
+from vlm_processors import PROCESSORS
+
+import mmspec.pipelines.document as document
+from mmspec.ocr import PageText, Word
+from mmspec.pipelines import SpeculativeDocumentPipeline
+
+NUM_TOKENS = 24
+
+
+def page(seed, size=(48, 64)):
+    """Noise in two bands, with white between them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.full((size[1], size[0], 3), 255, dtype=torch.uint8)
+    for top in (6, 14, 40, 48):
+        values[top : top + 5] = torch.randint(0, 200, (5, size[0], 3), generator=generator)
+    return Image.fromarray(values.numpy())
+
+
+PAGES = [page(1), page(2), page(3, (40, 56))]
+
+
+def make_pipe(name="idefics3", **options):
+    processor = PROCESSORS[name]()
+    model = tiny_vlm(name)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    pipe = SpeculativeDocumentPipeline.from_model(model, processor, schedule="fixed", **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipe()
+
+
+@pytest.fixture(scope="module")
+def plain(pipe):
+    """Pages as plain decoding writes them."""
+    out = pipe(PAGES, ocr=None, decoder="sequential", max_new_tokens=NUM_TOKENS)
+    assert out.stats.tau == 1.0
+    assert [one.sources for one in out.pages] == [{}] * 3
+    return out
+
+
+def read(pipe, pages=PAGES, **options):
+    return pipe(pages, **({"ocr": None, "max_new_tokens": NUM_TOKENS, "store": False} | options))
+
+
+def tokens_of(out):
+    return [one.tokens.tolist() for one in out.pages]
+
+
+def test_plain_is_generate(pipe, plain):
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": PAGES[0]},
+                {"type": "text", "text": "Convert this page to docling."},
+            ],
+        }
+    ]
+    inputs = pipe.processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(pipe.reader.dtype)
+    out = pipe.model.generate(**inputs, do_sample=False, max_new_tokens=NUM_TOKENS)
+    assert out[0, inputs["input_ids"].shape[1] :].tolist() == tokens_of(plain)[0]
+
+
+@pytest.mark.parametrize(
+    ("regions", "store", "batch_size"), [(False, False, 1), (False, True, 3), (True, True, 1)]
+)
+@pytest.mark.parametrize("kind", ["none", "right", "other", "lies"])
+def test_any_reference_gives_the_tokens_of_plain_decoding(
+    pipe, plain, kind, regions, store, batch_size
+):
+    pipe.clear_store()
+    texts = [one.text for one in plain.pages]
+    references = {
+        "none": None,
+        "right": texts,
+        "other": [texts[1], None, texts[0][::-1]],
+        "lies": ["\x00\udc80\U0010ffff \ufffd", "a" * 3000, "ß<image>漢字\n\n\t| --- |"],
+    }[kind]
+    options = {"references": references, "regions": regions, "batch_size": batch_size}
+    out = read(pipe, store=store, **options)
+    assert tokens_of(out) == tokens_of(plain)
+    assert [one.text for one in out.pages] == texts
+    for one in out.pages:
+        assert sum(one.sources.values()) == one.stats.num_units
+        assert one.reference == ("regions" if regions else one.reference)
+        assert (one.region_stats is not None) is regions
+    if store:
+        # What was written once is drafted from the store, whatever the references say.
+        again = read(pipe, store=True, **options)
+        assert tokens_of(again) == tokens_of(plain)
+        assert again.stats.num_target_forwards < out.stats.num_target_forwards
+
+
+def test_a_right_reference_takes_few_forwards(pipe, plain):
+    lone = read(pipe, PAGES[:1])
+    out = read(pipe, PAGES[:1], references=plain.pages[0].text, width=64)
+    assert out.pages[0].reference == "given"
+    # The text has no special tokens, of which a random model writes some.
+    assert out.pages[0].sources["reference"] > 0.6 * out.pages[0].stats.num_units
+    assert out.stats.num_target_forwards < 0.5 * lone.stats.num_target_forwards
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3"])
+def test_other_families(name):
+    pipe = make_pipe(name)
+    plain = read(pipe, decoder="sequential")
+    out = read(pipe, references=[one.text for one in plain.pages], batch_size=3, regions=True)
+    assert tokens_of(out) == tokens_of(plain)
+
+
+def test_a_seed_gives_the_tokens_of_sequential(pipe):
+    options = {"temperature": 1.0, "top_k": 20, "batch_size": 2}
+    seeds = lambda: [torch.Generator().manual_seed(seed) for seed in range(3)]  # noqa: E731
+    plain = read(pipe, decoder="sequential", generator=seeds(), **options)
+    out = read(pipe, references=["abc"] * 3, regions=True, generator=seeds(), **options)
+    assert tokens_of(out) == tokens_of(plain)
+    one = torch.Generator().manual_seed(4)
+    two = torch.Generator().manual_seed(4)
+    assert tokens_of(read(pipe, decoder="sequential", generator=one, **options)) == tokens_of(
+        read(pipe, regions=True, generator=two, **options)
+    )
+
+
+# --------------------------------------------------------------------------- OCR
+
+
+class Reader:
+    """An engine that reads what it is told."""
+
+    def __init__(self, texts):
+        self.texts = iter(texts)
+
+    def __call__(self, image):
+        text = next(self.texts)
+        if isinstance(text, Exception):
+            raise text
+        return text
+
+
+def test_engines_read_the_pages_without_reference(pipe, plain, monkeypatch, caplog):
+    words = plain.pages[0].text
+    boxed = PageText(words, (Word(words, 0.9, (0, 0, 48, 64), len(words)),))
+    read_by = {"tesserocr": Reader([boxed, PageText(" \n"), RuntimeError("broken")])}
+    monkeypatch.setattr(document, "open_engine", read_by.get)
+    monkeypatch.setattr(document, "installed_engines", lambda: ["tesserocr"])
+    fresh = make_pipe()
+    out = read(fresh, [*PAGES, PAGES[0]], ocr="auto", references=[None, " ", None, words])
+    assert tokens_of(out) == tokens_of(plain) + tokens_of(plain)[:1]
+    assert [one.reference for one in out.pages] == ["tesserocr", "none", "none", "given"]
+    assert [one.error for one in out.pages] == [
+        None,
+        "tesserocr found no text",
+        "tesserocr failed: broken",
+        None,
+    ]
+    assert "broken" in caplog.text
+    assert out.pages[0].ocr_time_s > 0 == out.pages[3].ocr_time_s
+
+
+def test_without_an_engine_auto_says_so(plain, monkeypatch, caplog):
+    monkeypatch.setattr(document, "installed_engines", list)
+    pipe = make_pipe()
+    for _ in range(2):
+        out = read(pipe, PAGES[:1], ocr="auto")
+    assert tokens_of(out) == tokens_of(plain)[:1]
+    assert out.pages[0].error.startswith("no OCR engine is installed; pip install 'mmspec[ocr]'")
+    assert len(caplog.records) == 1
+    assert read(pipe, PAGES[:1], ocr=None).pages[0].error is None
+
+
+def test_another_drafter_is_used_alone(pipe, plain):
+    out = read(pipe, drafter="jacobi", ocr="nonsense", references=["a"] * 3)
+    assert tokens_of(out) == tokens_of(plain)
+    assert [one.sources for one in out.pages] == [{}] * 3
+    chains = {"name": "reference", "branching": 1}
+    out = read(pipe, drafter=chains, references=[one.text for one in plain.pages])
+    assert tokens_of(out) == tokens_of(plain)
+    assert out.stats.tau > 4
+
+
+# --------------------------------------------------------------------------- the call
+
+
+def test_an_interrupted_call_returns_what_was_begun(pipe, plain):
+    steps = []
+
+    def stop(reader, step, details):
+        steps.append(step)
+        return len(steps) == 34
+
+    out = read(pipe, decoder="sequential", callback_on_step_end=stop)
+    assert out.interrupted
+    assert [len(tokens) for tokens in tokens_of(out)] == [len(tokens_of(plain)[0]), 10]
+    assert not read(pipe, PAGES[:1]).interrupted
+
+
+REFUSED = [
+    ([], {}, "at least one page is needed"),
+    ("none.png", {}, "page 0 cannot be read: .*No such file"),
+    ([PAGES[0], 3], {}, "page 1 must be a PIL image or the path of a file"),
+    (PAGES, {"references": "one"}, "references must be one text or None for each of 3 pages"),
+    (PAGES[0], {"references": [None, "b"]}, "references must be one text or None for each of 1"),
+    (PAGES[0], {"references": [3]}, "reference 0 must be a text, a PageText or None, got 3"),
+    (PAGES[0], {"ocr": "nonsense"}, "unknown OCR engine 'nonsense'; known: tesserocr, rapidocr"),
+    (PAGES[0], {"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+    (PAGES[0], {"prompt": 3}, "prompt must be None or a text, got 3"),
+    (PAGES[0], {"drafter": "nonsense"}, "unknown drafter 'nonsense'"),
+    (PAGES[0], {"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
+    (PAGES, {"generator": [torch.Generator()]}, "generator must be one per page, 3"),
+]
+
+
+@pytest.mark.parametrize(("pages", "options", "message"), REFUSED)
+def test_bad_arguments_are_refused_before_any_forward(pipe, monkeypatch, pages, options, message):
+    def fail(*args, **kwargs):
+        raise AssertionError("a forward ran")
+
+    monkeypatch.setattr(pipe.model, "forward", fail)
+    with pytest.raises(ValueError, match=message):
+        read(pipe, pages, **options)
+
+
+def test_save_and_load(pipe, plain, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = SpeculativeDocumentPipeline.from_pretrained(tmp_path, schedule="fixed")
+    again.set_progress_bar_config(disable=True)
+    PAGES[0].save(tmp_path / "page.png")
+    assert tokens_of(read(again, tmp_path / "page.png")) == tokens_of(plain)[:1]
