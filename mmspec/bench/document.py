@@ -22,35 +22,30 @@ from mmspec.bench.setups import DTYPES
 from mmspec.bench.tasks import Unavailable
 from mmspec.bench.vlm import (
     GENERATE,
-    PLAIN_DRAFTERS,
     SINGLE_ROW,
-    VISUAL_TOKENS,
     Draft,
     bundles_of,
     card_of,
     drafter_of,
     measure_with,
+    new_store,
     sight_tables,
     variant_of,
 )
+from mmspec.bench.vlm import OURS as WITHOUT_TEXT
 from mmspec.bench.vlm_setups import PAGE_KINDS, VLM_MODELS, VisionModel, load_pages, load_vlm
 from mmspec.bench.written import Bench, Entry, Session, make_card, make_configs, run_bench
 from mmspec.drafters import DrafterSpec
-from mmspec.drafters.trie import NgramTrie
 from mmspec.ocr import ENGINES, Engine, installed_engines, open_engine
-from mmspec.tree import BUCKETS
 
-#: Systems of ours that read a text beside the page -> where it comes from. With a store, later
-#: pages are drafted from earlier ones too.
-REFERENCES = {"reference": "ocr", "reference_store": "ocr", "text_layer": "text"}
-WITH_STORE = ("ngram_store", "reference_store")
-OURS = (*PLAIN_DRAFTERS, "ngram_store", *REFERENCES, *VISUAL_TOKENS)
+#: Systems of ours that read a text beside the page. With a store, later pages are drafted from
+#: earlier ones too.
+REFERENCES = ("reference", "reference_store", "text_layer")
+OURS = (*WITHOUT_TEXT, *REFERENCES)
 SYSTEMS = (*GENERATE, *OURS)
 DEFAULT_SYSTEMS = (*GENERATE, "plain", "ngram", "ngram_store", *REFERENCES, "model_uniform")
 #: Share of the letters that a failed OCR got wrong.
 GARBLED = 0.6
-#: Longest match of the store, as that of a drafter's own memory.
-_MAX_MATCH = 16
 
 
 def run(
@@ -169,17 +164,13 @@ def garbled(text: str, share: float = GARBLED) -> str:
 
 def _new_draft(reader: Reader, name: str) -> Draft:
     """The drafter of a system for one document; its store lives as long."""
-    if name not in REFERENCES and name not in WITH_STORE:
+    if name not in REFERENCES:
         return drafter_of(name)
-    more: dict[str, Any] = {}
-    if name in WITH_STORE:
-        more["memory"] = NgramTrie(max_match=_MAX_MATCH, max_draft=BUCKETS[-1])
+    more = {"memory": new_store()} if name == "reference_store" else {}
 
     def draft(loaded: VisionModel, entries: Sequence[Entry]) -> tuple[DrafterSpec, float | None]:
-        if name not in REFERENCES:
-            return {"name": "ngram", **more}, None
         texts, ocr_s = [entry["text"] for entry in entries], None
-        if REFERENCES[name] == "ocr":
+        if name != "text_layer":
             read = [reader.text(entry) for entry in entries]
             texts, ocr_s = [text for text, _ in read], sum(seconds for _, seconds in read)
         texts = [

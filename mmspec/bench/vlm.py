@@ -2,7 +2,9 @@
 
 Everything runs in one process on one loaded model per dtype, in turn: the same weights, attention
 and kind of cache. Pictures and prompts pass the processor outside the clock; the vision tower runs
-inside. Forwards are counted by a hook on the model, whoever calls it.
+inside. Forwards are counted by a hook on the model, whoever calls it. Pictures come in *series*: a
+system captions those of a series batch after batch, and ``ngram_store`` drafts later captions from
+earlier ones too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +42,9 @@ from mmspec.bench.written import (
     run_bench,
 )
 from mmspec.drafters import DrafterSpec
+from mmspec.drafters.trie import NgramTrie
 from mmspec.speculation import Settings
+from mmspec.tree import BUCKETS
 
 KINDS = ("captions",)
 #: transformers' modes -> their options for ``generate``; the assistant is added.
@@ -59,9 +63,9 @@ VISUAL_TOKENS = {
     "model_pool": "pool:4",
     "model_none": "none",
 }
-OURS = (*PLAIN_DRAFTERS, *VISUAL_TOKENS)
+OURS = (*PLAIN_DRAFTERS, "ngram_store", *VISUAL_TOKENS)
 SYSTEMS = (*GENERATE, *OURS)
-DEFAULT_SYSTEMS = ("generate", "prompt_lookup", "hf_assistant", "plain", "ngram", "model_all")
+DEFAULT_SYSTEMS = (*GENERATE, "plain", "ngram", "ngram_store", "early_exit", "model_all")
 #: transformers decodes these one row at a time only.
 SINGLE_ROW = ("prompt_lookup", "hf_assistant")
 
@@ -79,6 +83,7 @@ def run(
     temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,1",
     batch: Annotated[str, typer.Option(help="Rows per call.")] = "1,8",
     captions: Annotated[int | None, typer.Option(help="Pictures; all if unset.")] = None,
+    series: Annotated[int, typer.Option(help="Pictures of a series.")] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "--tokens", help="Cap on a caption.")
     ] = None,
@@ -122,6 +127,7 @@ def run(
         single_row=SINGLE_ROW,
         measure=measure_with(drafter_of, schedule, width),
         variant=variant_of(schedule, width),
+        inputs_per_task=series,
     )
     configs = make_configs(models, batch, temperature, seed=seed, max_new_tokens=max_new_tokens)
     entries = load_captions(model, captions)
@@ -154,8 +160,16 @@ def card_of(entries: Sequence[Entry]) -> Callable[[VisionModel, int], list[Sampl
 # --------------------------------------------------------------------------- systems
 
 
+def new_store() -> NgramTrie:
+    """What is kept of earlier outputs, as long as a drafter's own memory matches."""
+    return NgramTrie(max_match=16, max_draft=BUCKETS[-1])
+
+
 def drafter_of(name: str) -> Draft:
-    """The drafter of a system that draws on nothing but the prompt and bundled weights."""
+    """The drafter of a system for one series or document."""
+    if name == "ngram_store":
+        spec = {"name": "ngram", "memory": new_store()}
+        return lambda loaded, entries: (spec, None)
 
     def draft(loaded: VisionModel, entries: Sequence[Entry]) -> tuple[DrafterSpec, None]:
         if name in PLAIN_DRAFTERS:

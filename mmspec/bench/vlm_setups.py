@@ -4,9 +4,11 @@
 it, and it is meaningless for acceptance.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,8 +28,18 @@ from mmspec.sampling import build_law
 from mmspec.speculation import Settings, build_engine
 
 TINY = "tiny-vlm"
-#: How pages look -> blur in pixels and noise in grey levels; of "failed" ones the OCR is garbled.
-PAGE_KINDS = {"clean": (0.0, 0.0), "noisy": (0.8, 25.0), "failed": (0.0, 0.0), "tables": (0.0, 0.0)}
+_CLEAN = {"blur": 0.0, "noise": 0.0}
+#: Kinds of pages -> how they are drawn: blur in pixels, noise in grey levels. Of "failed" ones the
+#: OCR is garbled.
+PAGE_KINDS = {
+    "clean": _CLEAN,
+    "noisy": {"blur": 0.6, "noise": 15.0},
+    "failed": _CLEAN,
+    "tables": _CLEAN,
+}
+#: What is on them, as the held-out pages are sorted; anything else is prose.
+_CONTENT = {"tables": ("table",)}
+_PROSE = ("docs", "wordnet")
 #: Bundled model -> its bundled drafter, if it has one.
 VLM_MODELS: dict[str, str | None] = {"pages": "pages-drafter", "captioner": None, TINY: None}
 
@@ -190,14 +202,28 @@ def load_captions(model: str, limit: int | None = None) -> list[dict[str, Any]]:
             }
             for seed in range(8)
         ][:limit]
-    raise ValueError(f"no pictures to caption come with {model!r}")
+    if model != "captioner":
+        raise ValueError(f"no pictures to caption come with {model!r}")
+    folder = bundled_path(model) / "samples"
+    rows = _json_lines(folder / "samples.jsonl")[:limit]
+    return [
+        {
+            "id": Path(row["file"]).stem,
+            "kind": "captions",
+            "prompt": "describe",
+            "image": _opened(folder / row["file"]),
+            "max_new_tokens": 40,
+        }
+        for row in rows
+    ]
 
 
 def load_pages(model: str, kinds: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
     """Pages of these kinds, held out from the model's training: ``limit`` of each.
 
     Returns:
-        Entries with the page as ``image`` and what is written on it as ``text``.
+        Entries with the page as ``image`` and, as a text layer would have it, what is written on
+        it as ``text``: without markup, the rows as they stand.
     """
     if model == TINY:
         found = [
@@ -206,7 +232,37 @@ def load_pages(model: str, kinds: Sequence[str], limit: int | None = None) -> li
             for seed in range(4)[:limit]
         ]
         return [entry | {"text": "a page of noise", "max_new_tokens": 32} for entry in found]
-    raise ValueError(f"no pages come with {model!r}")
+    if model != "pages":
+        raise ValueError(f"no pages come with {model!r}")
+    from mmspec.assets.pages.rendering import lay_out, render_page
+
+    rows = _json_lines(bundled_path(model) / "held_out.jsonl")
+    found = []
+    for kind in kinds:
+        wanted = _CONTENT.get(kind, _PROSE)
+        chosen = [(i, row["markdown"]) for i, row in enumerate(rows) if row["kind"] in wanted]
+        for seed, markdown in chosen[:limit]:
+            lines = (line.replace("\0", " ").strip() for line in lay_out(markdown)[0])
+            found.append(
+                {
+                    "id": f"{kind}-{seed:03}",
+                    "kind": kind,
+                    "prompt": "Convert to Markdown.",
+                    "image": render_page(markdown, seed=seed, **PAGE_KINDS[kind]),
+                    "text": "\n".join(lines),
+                    "max_new_tokens": 480,
+                }
+            )
+    return found
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def random_picture(seed: int) -> Image.Image:

@@ -15,7 +15,7 @@ from mmspec.speculation import Settings
 
 CAPTIONS = {"model": TINY, "captions": 2, "max_new_tokens": 12, "repeats": 1}
 CAPTIONS |= {"dtype": "float64", "batch": "1,2", "temperature": "0,1"}
-CAPTIONS |= {"schedule": "fixed", "width": 4}
+CAPTIONS |= {"schedule": "fixed", "width": 4, "series": 1}
 PAGES = {"model": TINY, "pages": 2, "document": 2, "max_new_tokens": 16, "repeats": 1}
 PAGES |= {"dtype": "float64", "batch": "1,2"}
 
