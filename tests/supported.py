@@ -33,6 +33,7 @@ FEATURES = {
     "videos": "rows with videos, which matter to the tokens",
     "model drafter": "a second model of the same tokens drafts; it reads the images, if any",
     "visual shares": "that model reads a share of the visual tokens only",
+    "parts": "long prompts are read in parts (`prefill_chunk_size`)",
     "text drafter": "a model that reads the text only drafts",
     "cached turns": "a turn behind the reused cache of an earlier one",
     "processor": "from prompts through the family's own processor or tokenizer, in the pipeline",
