@@ -98,7 +98,7 @@ def run(
     bench = Bench(
         name="document",
         model=model,
-        kinds=PAGE_KINDS,
+        kinds=list(PAGE_KINDS),
         systems=[name for name in SYSTEMS if name in chosen],
         ours=OURS,
         single_row=SINGLE_ROW,
@@ -107,7 +107,7 @@ def run(
         inputs_per_task=document,
     )
     configs = make_configs(models, batch, temperature, seed=seed, max_new_tokens=max_new_tokens)
-    entries = load_pages(model, csv(kinds, PAGE_KINDS), pages)
+    entries = load_pages(model, csv(kinds, list(PAGE_KINDS)), pages)
     facts = provenance(torch.device(device), bundles_of(model))
     card = make_card(configs, model, card_of(entries))
     return run_bench(bench, configs, entries, facts, card, session, tables=_tables)

@@ -4,6 +4,7 @@
 it, and it is meaningless for acceptance.
 """
 
+import importlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,8 @@ def load_vlm(name: str, dtype: str, device: str = "cpu") -> VisionModel:
             f"unknown model {name!r} or dtype {dtype!r}; known: {', '.join(VLM_MODELS)}; "
             f"{', '.join(DTYPES)}"
         )
+    model: Any
+    drafter: Any
     if name == TINY:
         model, drafter, processor = _random_llava(2), _random_llava(1), _tiny_processor()
     else:
@@ -234,21 +237,21 @@ def load_pages(model: str, kinds: Sequence[str], limit: int | None = None) -> li
         return [entry | {"text": "a page of noise", "max_new_tokens": 32} for entry in found]
     if model != "pages":
         raise ValueError(f"no pages come with {model!r}")
-    from mmspec.assets.pages.rendering import lay_out, render_page
-
+    # It comes with the model, which may not be there.
+    rendering: Any = importlib.import_module("mmspec.assets.pages.rendering")
     rows = _json_lines(bundled_path(model) / "held_out.jsonl")
     found = []
     for kind in kinds:
         wanted = _CONTENT.get(kind, _PROSE)
         chosen = [(i, row["markdown"]) for i, row in enumerate(rows) if row["kind"] in wanted]
         for seed, markdown in chosen[:limit]:
-            lines = (line.replace("\0", " ").strip() for line in lay_out(markdown)[0])
+            lines = (line.replace("\0", " ").strip() for line in rendering.lay_out(markdown)[0])
             found.append(
                 {
                     "id": f"{kind}-{seed:03}",
                     "kind": kind,
                     "prompt": "Convert to Markdown.",
-                    "image": render_page(markdown, seed=seed, **PAGE_KINDS[kind]),
+                    "image": rendering.render_page(markdown, seed=seed, **PAGE_KINDS[kind]),
                     "text": "\n".join(lines),
                     "max_new_tokens": 480,
                 }
