@@ -8,7 +8,7 @@ import transformers
 from PIL import Image
 from tiny import make_rows, tiny_model
 from transformers import DynamicCache
-from vlm import FAMILIES, IMAGE, SUPPORTED, TEXT, request, tiny_vlm
+from vlm import FAMILIES, IMAGE, TEXT, request, tiny_vlm
 from vlm_processors import PROCESSORS
 
 import mmspec
@@ -65,7 +65,6 @@ def drafters(name, model):
     ]
 
 
-@pytest.mark.supports("visual shares", SUPPORTED)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_greedy_equals_generate(name, num_rows):
