@@ -15,6 +15,7 @@ import textwrap
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
@@ -41,6 +42,7 @@ class Page:
     markdown: str
 
     def drawn(self, size: int = 26) -> Image.Image:
+        """The page in black on white."""
         image = Image.new("L", PAPER, 255)
         draw = ImageDraw.Draw(image)
         for number, line in enumerate(self.lines):
@@ -103,8 +105,6 @@ def noisy(image: Image.Image, blur: float, noise: float, seed: int = 0) -> Image
     """A bad scan."""
     if not blur:
         return image
-    import numpy as np
-
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), dtype=float)
     pixels = pixels + np.random.default_rng(seed).normal(0, noise, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
@@ -120,10 +120,18 @@ class Tally:
 
     @property
     def tau(self) -> float:
+        """Tokens per forward."""
         return self.num_tokens / max(self.num_forwards, 1)
 
 
-def replay(drafter, rows, truth: list[int], width: int, price: float, tally: Tally) -> None:
+def replay(
+    drafter: ReferenceDrafter,
+    rows: TokenRows,
+    truth: list[int],
+    width: int,
+    price: float,
+    tally: Tally,
+) -> None:
     """Decodes one row whose target writes the truth."""
     prices = {w: price * (w - 1) for w in (*BUCKETS, width)}
     drafter.prefill()
@@ -162,10 +170,17 @@ def replay(drafter, rows, truth: list[int], width: int, price: float, tally: Tal
         tally.num_nodes += len(tokens)
 
 
-SCANS = {"clean": (0.0, 0.0), "moderate": (1.2, 25.0), "failed": (1.8, 40.0)}
+#: Blur and noise; "other" is a clean scan of another page, as lying as a reference can be.
+SCANS = {
+    "clean": (0.0, 0.0),
+    "moderate": (1.2, 25.0),
+    "bad": (1.8, 40.0),
+    "other": (0.0, 0.0),
+}
 
 
 def main() -> None:
+    """Prints a line for each kind of page, scan and width."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--pages", type=int, default=8)
     parser.add_argument("--engine", default="tesserocr")
@@ -186,6 +201,8 @@ def main() -> None:
             texts = [None] * len(pages)
             if scan != "none":
                 texts = [engine(noisy(image, blur, noise)) for image in drawn]
+            if scan == "other":
+                texts = texts[1:] + texts[:1]
             for width in args.widths:
                 tally, store, sources = Tally(), NgramTrie(max_draft=128), Counter()
                 for text, truth in zip(texts, truths, strict=True):

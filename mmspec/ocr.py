@@ -242,8 +242,10 @@ def line_pitch(grey: Image.Image) -> float | None:
         return None
     inner = similar[1:-1]
     peaks = 1 + np.flatnonzero((inner > similar[:-2]) & (inner >= similar[2:]))
-    high = peaks[similar[peaks] > _LEAST_RECURRENCE * similar[0]]
-    return float(high[0]) if len(high) else None
+    if not len(peaks) or similar[peaks].max() < _LEAST_RECURRENCE * similar[0]:
+        return None
+    # Twice the distance is nearly as good; letters alone make small peaks before.
+    return float(peaks[similar[peaks] > 0.8 * similar[peaks].max()][0])
 
 
 def split_into_bands(image: Image.Image, most: int = 8) -> list[tuple[int, int]]:

@@ -13,7 +13,6 @@ over substitutions, insertions and deletions, and finds its way after a missing 
 
 import itertools
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,8 @@ _BREAK = 0x20
 # Tenths of an edit. A substitution is dearer than a deletion alone, so that of two equally long
 # paths the one that ends with a match wins; a jump is as dear as six letters that do not fit.
 _SUBSTITUTE, _INSERT, _DELETE, _JUMP = 10, 8, 7, 45
+# Observations that a space between two words counts for before any was made.
+_USUAL_SPACE = 3.0
 # Chance of a space behind punctuation that the reference has not.
 _DOUBT = 0.5
 _SPACE = re.compile(r"(\S*)(\s+)(.*)", re.DOTALL)
@@ -111,7 +112,7 @@ class Alignment:
         self._tail: list[int] = []
         # What the output has written since its last letter or digit.
         self._gap = ""
-        self._gaps: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        self._gaps: dict[str, dict[str, float]] = {}
 
     def extend(self, text: str, *, is_markup: bool = False) -> None:
         """Reads what was appended to the output; markup holds no letters of the text."""
@@ -205,7 +206,7 @@ class Alignment:
         if parts is None:
             return (gap.removeprefix(begun) if gap.startswith(begun) else ""), 1.0
         before, space, after = parts.groups()
-        seen = self._gaps.get(_kind(space), {}) or {space: 1.0}
+        seen = self._gaps.get(_kind(space)) or {space: 1.0}
         fitting = {
             before + written + after: weight
             for written, weight in seen.items()
@@ -232,7 +233,9 @@ class Alignment:
         gap = self._gap
         if len(gap) < len(before + after) or not (gap.startswith(before) and gap.endswith(after)):
             return
-        seen = self._gaps[_kind(space)]
+        kind = _kind(space)
+        # One bold word says little of all others; how a line ends is soon known.
+        seen = self._gaps.setdefault(kind, {space: _USUAL_SPACE} if kind == " " else {})
         for written in seen:
             seen[written] *= self.DECAY
         written = gap[len(before) : len(gap) - len(after)]

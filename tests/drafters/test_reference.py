@@ -20,8 +20,8 @@ from mmspec.speculation import Settings, build_engine
 LETTER = tokenizer()
 END = LETTER.eos_token_id
 TRUTH = (
-    "it was the best of times, it was the worst of times, it was the age of wisdom, it was the "
-    "age of foolishness, it was the epoch of belief, it was the epoch of incredulity"
+    "alice was beginning to get very tired of sitting by her sister on the bank, and of having "
+    "nothing to do: once or twice she had peeped into the book her sister was reading"
 )
 FREE = {2**k: 0.0 for k in range(8)}
 
@@ -47,7 +47,9 @@ def forwards(reference, truth=TRUTH, width=16, **options):
     while wanted:
         proposal = drafter.propose(Plan(width=width if count else 1, prices=FREE))
         drafts = proposal.tokens_BN[0, 1 : 1 + proposal.num_drafted[0]].tolist()
-        agreed = next((i for i, (a, b) in enumerate(zip(drafts, wanted)) if a != b), len(drafts))
+        agreed = next(
+            (i for i, (a, b) in enumerate(zip(drafts, wanted, strict=False)) if a != b), len(drafts)
+        )
         new = wanted[: min(agreed, len(wanted) - 1) + 1]
         rows.host_tokens[0] += new
         wanted = wanted[len(new) :]
@@ -80,20 +82,19 @@ def test_without_a_reference_there_is_retrieval_alone():
 
 
 @pytest.mark.parametrize(
-    "reference",
+    ("there", "in_reference"),
     [
-        TRUTH.replace("worst", "w0rst"),
-        TRUTH.replace("the age of wisdom, ", ""),
-        TRUTH.replace("best", "very best and finest"),
-        TRUTH.replace(" ", "\n"),
-        TRUTH.upper(),
+        ("tired", "t1red"),
+        ("tired", "weary and sleepy and tired"),
+        (" ", "\n"),
+        ("and of having ", ""),
     ],
 )
-def test_a_difference_costs_a_few_forwards(reference):
+def test_a_difference_costs_a_few_forwards(there, in_reference):
+    """What the reference lacks must be written letter by letter; little is lost besides."""
+    lacking = len(there) if not in_reference else 0
     fewest = forwards(TRUTH)
-    # Upper case has no token here, so only alignment could find the place, and drafts none.
-    limit = 200 if reference.isupper() else fewest + 5
-    assert fewest <= forwards(reference) <= limit
+    assert fewest <= forwards(TRUTH.replace(there, in_reference)) <= fewest + lacking + 8
 
 
 def test_sources_are_counted():

@@ -1,0 +1,172 @@
+"""OCR: what engines read, in what order, and what is said where one is missing."""
+
+import difflib
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from mmspec.ocr import (
+    ENGINES,
+    PageText,
+    Word,
+    line_pitch,
+    open_engine,
+    split_into_bands,
+    tessdata_folder,
+)
+
+LINES = [
+    "A class can implement certain operations that are",
+    "invoked by special syntax, such as arithmetic or",
+    "subscripting and slicing, by defining methods.",
+    "",
+    "This is the approach of the language to operator",
+    "overloading; it allows classes to define their own",
+    "behavior with respect to operators of 1995.",
+]
+CELLS = [
+    ["Article", "Region", "Units", "Price"],
+    ["Washer", "North", "317", "41.09"],
+    ["Bracket", "South", "259", "22.86"],
+    ["Hinge", "West", "374", "12.13"],
+    ["Spring", "East", "208", "49.74"],
+]
+
+
+def font(size):
+    folder = "/usr/share/fonts/truetype/dejavu"
+    if not os.path.isdir(folder):
+        pytest.skip(f"the DejaVu fonts are not installed in {folder}")
+    return ImageFont.truetype(f"{folder}/DejaVuSans.ttf", size)
+
+
+def drawn(rows, size=24, columns=1):
+    """A page with rows of cells."""
+    image = Image.new("L", (34 * size, (len(rows) + 2) * size * 3 // 2), 255)
+    draw = ImageDraw.Draw(image)
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            place = (size + column * 7 * size, size + number * size * 3 // 2)
+            draw.text(place, cell, fill=0, font=font(size))
+    return image
+
+
+def prose(size=24):
+    return drawn([[line] for line in LINES], size)
+
+
+def difference(text, lines=LINES):
+    """Share of letters that differ, spaces not heeded."""
+    one, other = "".join(text.split()), "".join("".join(lines).split())
+    return 1 - difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request):
+    if importlib.util.find_spec(ENGINES[request.param][0]) is None:
+        pytest.skip(f"the package {request.param} is not installed")
+    if request.param == "tesserocr":
+        try:
+            tessdata_folder()
+        except ValueError as error:
+            pytest.skip(str(error))
+    return open_engine(request.param)
+
+
+@pytest.mark.parametrize("size", [9, 14, 24])
+def test_a_page_is_read(engine, size):
+    page = engine(prose(size))
+    assert difference(page.text) < 0.05
+    assert page.text.count("\n\n") == 1
+    for word in page.words:
+        assert page.text[word.end - len(word.text) : word.end] == word.text
+        assert 0 <= word.confidence <= 1
+        left, top, right, bottom = word.box
+        assert 0 <= left < right <= 34 * size + 2
+        assert 0 <= top < bottom <= len(LINES) * size * 3
+    assert np.mean([word.confidence for word in page.words]) > 0.7
+
+
+def test_noise_is_read_over(engine):
+    image = prose().filter(ImageFilter.GaussianBlur(1.2))
+    noise = np.random.default_rng(0).normal(0, 40, (image.height, image.width))
+    scan = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    assert difference(engine(scan).text) < 0.2
+
+
+def test_a_table_is_read_row_by_row(engine):
+    lines = engine(drawn(CELLS, columns=4)).text.replace("\n\n", "\n").split("\n")
+    assert lines == ["\t".join(row) for row in CELLS]
+
+
+def test_a_page_without_text_has_none(engine):
+    assert engine(Image.new("RGB", (300, 200), "white")) == PageText("")
+
+
+# --------------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize("size", [9, 14, 24])
+def test_line_pitch_is_that_of_the_lines(size):
+    assert line_pitch(prose(size)) == pytest.approx(size * 3 // 2, abs=1)
+    assert line_pitch(Image.new("L", (100, 100), 255)) is None
+
+
+def test_pages_are_cut_where_they_are_widely_empty():
+    image = prose()
+    (_, end), (start, _) = bands = split_into_bands(image)
+    assert len(bands) == 2
+    assert end < 4.5 * 36 < start
+    assert split_into_bands(image, most=1) == [(bands[0][0], bands[1][1])]
+    assert split_into_bands(Image.new("L", (100, 100), 255)) == []
+
+
+def test_the_text_between_two_heights():
+    words = [("one", (0, 0, 9, 9)), ("two", (10, 0, 19, 9)), ("three", (0, 20, 9, 29))]
+    ends = [3, 7, 13]
+    page = PageText(
+        "one two\nthree",
+        tuple(Word(text, 0.5, box, end) for (text, box), end in zip(words, ends, strict=True)),
+    )
+    assert page.between(0, 12).text == "one two"
+    assert page.between(12, 40) == PageText("three", (Word("three", 0.5, (0, 20, 9, 29), 5),))
+    assert page.between(40, 50) == PageText("")
+
+
+# --------------------------------------------------------------------------- what is missing
+
+
+def test_one_thread_unless_something_else_is_asked_for():
+    code = "import mmspec.ocr, os; print(os.environ['OMP_THREAD_LIMIT'])"
+    for given, expected in (({}, "1"), ({"OMP_THREAD_LIMIT": "3"}, "3")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_THREAD_LIMIT"} | given
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_missing_package_is_named(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, ENGINES[name][0], None)
+    with pytest.raises(ValueError, match=rf"needs the package {name}.*pip install 'mmspec\[ocr\]'"):
+        open_engine(name)
+
+
+def test_missing_data_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("TESSDATA_PREFIX", str(tmp_path))
+    (tmp_path / "tessdata").mkdir()
+    with pytest.raises(ValueError, match=rf"xyz.traineddata .* not found in {tmp_path}.*Debian"):
+        tessdata_folder("xyz")
+    (tmp_path / "tessdata" / "xyz.traineddata").touch()
+    assert tessdata_folder("xyz") == f"{tmp_path}/tessdata/"
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match="unknown OCR engine 'x'; known: tesserocr, rapidocr"):
+        open_engine("x")
