@@ -8,8 +8,9 @@ The first measures a model and a drafter on the pictures of a folder. A name of 
 a path is a random model and its clone: what is lost then is lost by the choice of tokens alone.
 `--long-video` gives such models 25 000 visual tokens to read, in many frames.
 
-Seconds are CPU seconds of the process and bytes are those of tensors: neither depends on what else
-the machine does.
+A prefill is the tower and the forward that reads the prompt; for "attention" and "self" also the
+question to the target. Seconds are CPU seconds of the process and bytes are those of tensors, which
+the load of the machine moves little or not at all.
 """
 
 import copy
@@ -151,8 +152,8 @@ def pictures(pipe: SpeculativeVLMPipeline, folder: Path, question: str) -> list[
 
 def engine_for(
     model: Any, inputs: dict[str, Any], drafter: Any, num_new: int, width: int, temperature: float
-) -> Any:
-    """The engine that the pipeline would wire for one request."""
+) -> tuple[Any, float]:
+    """The engine that the pipeline would wire, and the seconds in the target's tower."""
     (ids,) = inputs["input_ids"].tolist()
     rows = TokenRows(
         [ids],
@@ -161,13 +162,14 @@ def engine_for(
         eos_token_ids=_ends(model),
         device=model.device,
     )
+    started = time.process_time()
     prepared = vision_language.prepare(model, inputs)
+    tower_s = time.process_time() - started
     is_token = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     extras = vision_language.extras_in_generate(model, rows, prepared, is_token, inputs)
     settings = Settings(drafter=drafter, width=width, schedule="fixed")
-    return build_engine(
-        model, rows, build_law(LawConfig(temperature=temperature)), settings, extras=extras
-    )
+    law = build_law(LawConfig(temperature=temperature))
+    return build_engine(model, rows, law, settings, extras=extras), tower_s
 
 
 def _ends(model: Any) -> list[int]:
@@ -208,10 +210,9 @@ def measured(engine: Any, *, counted: bool) -> Sample:
         engine.drafter._view = lambda: replace(view(), place=None)
     sample = prefilled(engine)
     stats = engine.run().stats
-    read = engine.drafter.num_prompt_tokens[0]
     return sample | {
         "num_prompt_tokens": engine.target.rows.prompt_lengths[0],
-        "num_read": read,
+        "num_read": sum(engine.drafter.num_prompt_tokens),
         "num_units": stats.num_units,
         "num_forwards": stats.num_target_forwards,
         "num_steps": len(engine.ledger.steps),
@@ -227,9 +228,9 @@ def main(
     drafter: Annotated[str, typer.Option(help="The same; empty is a clone of the model.")] = "",
     images: Annotated[Path | None, typer.Option(help="Folder of pictures.")] = None,
     question: Annotated[str, typer.Option(help="Asked about each picture.")] = "Read this page.",
-    options: Annotated[str, typer.Option(help="visual_tokens, separated by commas.")] = (
+    options: Annotated[str, typer.Option(help="visual_tokens; with & between them, mixed.")] = (
         "all,uniform:0.5,uniform:0.2,uniform:0.1,uniform:0.05,uniform:0.01,attention:0.5,"
-        "attention:0.2,attention:0.1,attention:0.05,attention:0.01,pool:2,pool:4,none,"
+        "attention:0.2,attention:0.1,attention:0.05,attention:0.01,pool:2,pool:4,none,all&none,"
         "self:0.5,self:0.2,self:0.1,self:0.05,self:0.01"
     ),
     counted: Annotated[bool, typer.Option(help="Also with positions counted from 0.")] = False,
@@ -244,12 +245,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of samples and report.")] = Path("mmspec-bench"),
 ) -> None:
     """Measures what is missing and writes the report."""
-    models = csv(model)
-    if long_video:
-        models, options = models or list(TINY), LONG_OPTIONS
-        visual, requests, tokens = visual or 25000, 1, min(tokens, 32)
-    if not models:
+    if not model and not long_video:
         raise typer.BadParameter("is needed, or --long-video", param_hint="--model")
+    models = csv(model or ",".join(TINY))
+    if long_video:
+        options, visual, requests = LONG_OPTIONS, visual or 25000, 1
     cases = [
         (option, scheme)
         for option in csv(options)
@@ -268,11 +268,11 @@ def main(
                 what = f"{name}/{drafter}/{images}/{question}/{option}/{scheme}/v{visual}/{index}"
                 key = f"{what}/n{tokens}/w{width}/t{temperature:g}"
                 if key not in store and not budget.is_spent:
-                    engine = engine_for(
+                    engine, tower_s = engine_for(
                         target, one, _spec(option, small), tokens, width, temperature
                     )
                     sample = measured(engine, counted=scheme == "counted")
-                    store.add([{"key": key} | sample])
+                    store.add([{"key": key, "target_tower_s": tower_s} | sample])
                 (keys if key in store else missing).append(key)
             if keys:
                 rows.append(summed(name, option, scheme, [store.samples[key] for key in keys]))
@@ -294,20 +294,26 @@ def loaded(
         return target, small, [frames(name, visual, seed) for seed in range(requests)]
     if images is None:
         raise typer.BadParameter(f"is needed for {name}", param_hint="--images")
-    pipe = SpeculativeVLMPipeline.from_pretrained(name)
+    pipe = SpeculativeVLMPipeline.from_pretrained(name, dtype=torch.float32)
     small = copy.deepcopy(pipe.model)
     if drafter:
-        small = SpeculativeVLMPipeline.from_pretrained(drafter).model
+        small = SpeculativeVLMPipeline.from_pretrained(drafter, dtype=torch.float32).model
     return pipe.model, small, pictures(pipe, images, question)[:requests]
 
 
 def _spec(option: str, small: Any) -> dict[str, Any]:
+    if "&" in option:
+        return {"name": "mixed", "model": small, "members": option.split("&")}
     spec = {"name": "model", "visual_tokens": option}
     return spec if option.startswith("self") else spec | {"model": small}
 
 
 def _is_shortened(option: str) -> bool:
-    return VisualTokens.parse(option).choice in ("uniform", "attention", "pool")
+    return "&" not in option and VisualTokens.parse(option).choice in (
+        "uniform",
+        "attention",
+        "pool",
+    )
 
 
 def summed(name: str, option: str, scheme: str, samples: Sequence[Sample]) -> Sample:
@@ -327,7 +333,7 @@ def summed(name: str, option: str, scheme: str, samples: Sequence[Sample]) -> Sa
         "num_prompt_tokens": total("num_prompt_tokens") / len(samples),
         "num_read": total("num_read") / len(samples),
         "share_read": total("num_read") / total("num_prompt_tokens"),
-        "target_prefill_s": total("target_prefill_s") / len(samples),
+        "target_prefill_s": (total("target_tower_s") + total("target_prefill_s")) / len(samples),
         "drafter_prefill_s": total("drafter_prefill_s") / len(samples),
         **{
             f"{part}_{what}": max(sample[f"{part}_{what}_bytes"] for sample in samples) / MIB
@@ -355,9 +361,12 @@ def _accepted(rows: Sequence[Sample]) -> str:
 def _costs(rows: Sequence[Sample]) -> str:
     names = ("prefill_s", "peak", "cache")
     headers = [
-        f"{part}: {what}"
-        for what in ("prefill, CPU s", "most bytes in it, MiB", "cache, MiB")
-        for part in ("target", "drafter")
+        "target: prefill, CPU s",
+        "drafter: prefill, CPU s",
+        "target: peak without tower, MiB",
+        "drafter: peak with tower, MiB",
+        "target: cache, MiB",
+        "drafter: cache, MiB",
     ]
     return table(
         ["model", "visual tokens", "positions", *headers],

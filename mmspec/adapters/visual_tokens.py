@@ -33,7 +33,17 @@ from mmspec.visual_tokens import (
 
 #: What two configurations may differ in although their towers make the same features.
 _NOT_OF_THE_TOWER = frozenset(
-    {"text_config", "architectures", "dtype", "transformers_version", "tie_word_embeddings"}
+    {
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "pad_token_id",
+        "text_config",
+        "tie_word_embeddings",
+        "transformers_version",
+        "use_cache",
+    }
 )
 
 
@@ -63,7 +73,11 @@ class PromptImages:
         self._own = own
         self._load = load
         self._has_pictures = has_pictures
-        self._places = places_of(rows, own.placeholders)
+
+    @functools.cached_property
+    def _places(self) -> list[list[int]]:
+        """Where the visual tokens of each row stand; not looked up where no drafter asks."""
+        return places_of(self._rows, self._own.placeholders)
 
     def seen_by(
         self, other: Any, sights: Sequence[VisualTokens], forward: SlotForward
@@ -84,8 +98,7 @@ class PromptImages:
         shown = [sight for sight in sights if sight.choice != "none"]
         towers: dict[bool, Callable[[], PromptExtras]] = {}
         for sight in shown:
-            if sight.reuse not in towers:
-                towers[sight.reuse] = functools.cache(self._tower(other, sight))
+            towers[sight.reuse] = self._tower(other, sight)
         squares = {
             sight: self._cells(sight.side)
             for sight in shown
@@ -93,9 +106,11 @@ class PromptImages:
         }
 
         def views() -> list[PromptExtras]:
+            # Once for all views, and kept no longer than they are made.
+            whole = functools.cache(lambda reuse: towers[reuse]())
             scores = functools.cache(lambda: self._scores(forward))
             return [
-                self._view(towers[sight.reuse](), sight, scores, squares.get(sight))
+                self._view(whole(sight.reuse), sight, scores, squares.get(sight))
                 if sight in shown
                 else text_of(self._rows, self._own.placeholders)
                 for sight in sights
@@ -242,7 +257,8 @@ def _check_same_tower(target: Any, other: Any, sight: VisualTokens) -> None:
         is_alike = one.shape == two.shape and one.dtype == two.dtype
         return one is two or (is_alike and torch.equal(one, two.to(one.device)))
 
-    for mine, theirs in ((settings(target), settings(other)), (weights(target), weights(other))):
+    for part in (settings, weights):
+        mine, theirs = part(target), part(other)
         for name in sorted(mine.keys() | theirs.keys()):
             if not same(mine.get(name), theirs.get(name)):
                 raise ValueError(

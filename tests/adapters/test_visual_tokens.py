@@ -8,7 +8,7 @@ import transformers
 from PIL import Image
 from tiny import make_rows, tiny_model
 from transformers import DynamicCache
-from vlm import FAMILIES, IMAGE, TEXT, request, tiny_vlm
+from vlm import FAMILIES, IMAGE, PAD, TEXT, request, tiny_vlm
 from vlm_processors import PROCESSORS
 
 import mmspec
@@ -91,6 +91,21 @@ def test_a_seed_gives_the_same_tokens_with_every_drafter(name):
         assert torch.equal(sampled(drafter), expected), drafter
     # Rules that keep the law only want the law that was drawn from.
     sampled(drafters(name, model)[-1], rule="speculative")
+
+
+def test_rows_end_one_after_the_other():
+    """Those that have ended are not fed, in the target's cache and the drafter's own."""
+    model = tiny_vlm("qwen2_5_vl")
+    start = request("qwen2_5_vl", ROWS)["input_ids"].shape[1]
+    free = decoded(model, request("qwen2_5_vl", ROWS), max_new_tokens=30)[:, start:]
+    ends = [int(free[0, 4]), int(free[1, 11])]
+    options = {"max_new_tokens": 30, "eos_token_id": ends}
+    expected = decoded(model, request("qwen2_5_vl", ROWS), **options)
+    lengths = {int((row != PAD).sum()) for row in expected[:, start:]}
+    assert len(lengths) == 3
+    for drafter in drafters("qwen2_5_vl", model):
+        fast = fixed(drafter, width=3)
+        assert torch.equal(decoded(model, request("qwen2_5_vl", ROWS), fast, **options), expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -331,7 +346,7 @@ def test_the_pipeline_takes_the_option(option):
     ("name", "changes", "option", "message"),
     [
         ("llava", {"seed": 1}, "reuse", "differ in model.multi_modal_projector.linear_1.weight"),
-        ("llava", SMALL, "reuse+uniform:0.1", "'reuse.uniform:0.1' needs .* multi_modal_projector"),
+        ("llava", SMALL, "reuse+uniform:0.1", "'reuse.uniform:0.1' needs .* differ in model.multi"),
         ("llava_onevision", {}, "pool:2", "at the end of each row of an image"),
         (
             "qwen2_vl",
