@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmspec.adapters import vision_language
+from mmspec.assets import bundled_path
 from mmspec.checks import require, require_known
 from mmspec.drafters import DrafterSpec
 from mmspec.pipelines.writing import (
@@ -38,11 +39,11 @@ class SpeculativeVLMPipeline(WritingPipeline):
         schedule: As in `mmspec.speculation.Settings`.
 
     Example:
-        >>> pipe = SpeculativeVLMPipeline.from_pretrained("some/vlm")  # doctest: +SKIP
-        >>> parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+        >>> pipe = SpeculativeVLMPipeline.from_pretrained("bundled:pages")  # doctest: +SKIP
+        >>> parts = [{"type": "image"}, {"type": "text", "text": "Convert to Markdown."}]
         >>> chat = [{"role": "user", "content": parts}]
-        >>> pipe(chat, images="cat.png").texts[0]  # doctest: +SKIP
-        'A cat.'
+        >>> pipe(chat, images="page.png").texts[0]  # doctest: +SKIP
+        '# Title'
     """
 
     def __init__(
@@ -74,10 +75,10 @@ class SpeculativeVLMPipeline(WritingPipeline):
         device_map: Any = None,
         **kwargs: Any,
     ) -> "SpeculativeVLMPipeline":
-        """Loads a local folder or a hub repository of a plain transformers model.
+        """Loads a bundled model, a local folder or a hub repository of a plain transformers model.
 
         Args:
-            id_or_path: A folder or a hub id.
+            id_or_path: ``"bundled:pages"``, a folder, or a hub id.
             drafter: Default of the calls; None is "ngram".
             schedule: As in `mmspec.speculation.Settings`; None picks by the rule.
             dtype: Floating-point type; None is the checkpoint's.
@@ -85,11 +86,14 @@ class SpeculativeVLMPipeline(WritingPipeline):
             **kwargs: Passed to the model's ``from_pretrained``.
 
         Raises:
-            ValueError: If the model's family, the drafter or the schedule is unknown.
+            ValueError: If the bundled name, the model's family, the drafter or the schedule is
+                unknown.
         """
-        processor = AutoProcessor.from_pretrained(id_or_path)
+        name = str(id_or_path)
+        path = bundled_path(name) if name.startswith("bundled:") else id_or_path
+        processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(
-            id_or_path, dtype=dtype or "auto", device_map=device_map, **kwargs
+            path, dtype=dtype or "auto", device_map=device_map, **kwargs
         )
         return cls(model, processor, drafter=drafter, schedule=schedule)
 

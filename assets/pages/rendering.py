@@ -1,7 +1,8 @@
-"""Draws a page of Markdown as `bundled:pages` reads it: one line of Markdown, one row of the page.
+r"""Draws a page of Markdown as `bundled:pages` reads it: one line of Markdown, one row of the page.
 
-    from mmspec.assets.pages.rendering import render_page
+    from mmspec.assets.pages.rendering import held_out_pages, render_page
     image = render_page("# Title\n\nSome words.", seed=1)
+    worn = render_page(held_out_pages()[0]["markdown"], seed=0, blur=0.6, noise=15)
 
 What a line becomes:
     ``# x``        bold, with a rule below it
@@ -12,6 +13,7 @@ What a line becomes:
     all others     as they are
 """
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +31,12 @@ SHEET = Path(__file__).parent / "glyphs.png"
 
 _MAX_LEFT, _MAX_TOP = 7, 4  # the largest shifts of the text's corner, in pixels
 _RULE = "\0"  # stands for a vertical rule in a laid-out row
+
+
+def held_out_pages() -> list[dict[str, str]]:
+    """Pages whose text the reader has not seen: "markdown", and what "kind" of page it is."""
+    lines = (Path(__file__).parent / "held_out.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def check_page(markdown: str) -> None:

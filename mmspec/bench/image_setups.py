@@ -54,8 +54,13 @@ _VISION = {
 
 def image_models() -> tuple[str, ...]:
     """The models that `load_image` knows: the bundled ones and those of random weights."""
-    bundled = [name for name in bundled_names() if (bundled_path(name) / "config.json").exists()]
-    return (*bundled, *RANDOM_MODELS)
+    return (*filter(_draws, bundled_names()), *RANDOM_MODELS)
+
+
+def _draws(name: str) -> bool:
+    """Whether a bundled folder holds a model that makes images."""
+    config = bundled_path(name) / "config.json"
+    return config.exists() and json.loads(config.read_text())["model_type"] == "janus"
 
 
 def bundle_of(name: str) -> str:

@@ -1,15 +1,6 @@
 """What the captioner says of an avatar: all of its attributes, always in the same order."""
 
-from mmspec.assets.forge.avatars.attributes import COLORS, Attributes
-
-#: Words that say which value of an attribute a caption states, where they do not stand alone.
-_MARKED = {
-    "hair_color": "hair",
-    "hat_color": "hat",
-    "skin": "skin",
-    "background": "background",
-    "clothing_color": "shirt",
-}
+from mmspec.assets.forge.avatars.attributes import Attributes
 
 
 def full_caption(attributes: Attributes) -> str:
@@ -27,27 +18,3 @@ def full_caption(attributes: Attributes) -> str:
 
 def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
-
-
-def stated_attributes(caption: str) -> Attributes:
-    """Reads the attributes off a caption; those it does not state are absent."""
-    words = caption.replace(",", " ,").split()
-    stated: Attributes = {}
-    for before, word in zip(["", *words], words, strict=False):
-        for name, mark in _MARKED.items():
-            if word == mark and before in COLORS[name]:
-                stated[name] = before
-        if word in ("hat", "beard", "glasses"):
-            stated[word] = "none" if before == "no" else word
-        if word == "sunglasses":
-            stated["glasses"] = word
-        for name, values in (
-            ("hair_length", ("short", "long")),
-            ("mouth", ("smile", "frown")),
-            ("clothing_pattern", ("plain", "checkered")),
-        ):
-            if word in values:
-                stated[name] = word
-    if stated.get("hat") == "none":
-        stated["hat_color"] = "none"
-    return stated

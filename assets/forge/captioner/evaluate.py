@@ -1,6 +1,6 @@
 """Captions avatars of held-out combinations and counts the right attributes.
 
-    python -m mmspec.assets.forge.captioner.evaluate --data build/avatars --out build/captioner
+python -m mmspec.assets.forge.captioner.evaluate --data build/avatars --out build/captioner
 """
 
 import argparse
@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmspec.assets import bundled_path
+from mmspec.assets.captioner.scoring import stated_attributes
 from mmspec.assets.forge.avatars.train import load_data
 
-from .captions import stated_attributes
 from .model import INSTRUCTION, SIZE
 
 BATCH = 100
@@ -47,7 +47,9 @@ def main() -> None:
         captions += processor.batch_decode(tokens, skip_special_tokens=True)
     read = [stated_attributes(caption) for caption in captions]
     result = {
-        name: round(sum(a.get(name) == b[name] for a, b in zip(read, held, strict=True)) / len(held), 4)
+        name: round(
+            sum(a.get(name) == b[name] for a, b in zip(read, held, strict=True)) / len(held), 4
+        )
         for name in held[0]
     }
     result["all"] = round(sum(a == b for a, b in zip(read, held, strict=True)) / len(held), 4)

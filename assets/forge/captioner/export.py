@@ -1,6 +1,6 @@
 """Writes the trained captioner to `assets/captioner/`, with some held-out avatars.
 
-    python -m mmspec.assets.forge.captioner.export --data build/avatars --work-dir build/captioner
+python -m mmspec.assets.forge.captioner.export --data build/avatars --work-dir build/captioner
 """
 
 import argparse

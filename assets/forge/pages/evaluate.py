@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmspec.assets import bundled_path
 from mmspec.assets.pages.rendering import render_page
+from mmspec.assets.pages.scoring import edit_distance
 
 from .export import NOISY
-from .measure import edit_distance
 from .model import INSTRUCTIONS
 
 BATCH = 20
@@ -47,13 +47,17 @@ def read(model: Any, processor: Any, pages: list[str], **how: float) -> list[tup
 
 def report(rows: list[dict[str, Any]], found: list[tuple[str, int]]) -> dict[str, Any]:
     """Error rates over all pages and by kind; how many pages are without an error."""
-    errors = [edit_distance(text, row["markdown"]) for row, (text, _) in zip(rows, found, strict=True)]
+    errors = [
+        edit_distance(text, row["markdown"]) for row, (text, _) in zip(rows, found, strict=True)
+    ]
     lengths = [len(row["markdown"]) for row in rows]
     result: dict[str, Any] = {
         "num_pages": len(rows),
         "cer": round(sum(errors) / sum(lengths), 5),
         "pages_without_error": round(sum(e == 0 for e in errors) / len(rows), 3),
-        "median_cer": round(sorted(e / n for e, n in zip(errors, lengths, strict=True))[len(rows) // 2], 5),
+        "median_cer": round(
+            sorted(e / n for e, n in zip(errors, lengths, strict=True))[len(rows) // 2], 5
+        ),
         "tokens_per_page": round(sum(count for _, count in found) / len(found), 1),
     }
     for kind in sorted({row["kind"] for row in rows}):

@@ -1,4 +1,4 @@
-"""Reads pages with a model and counts the characters it gets wrong."""
+"""Reads pages with a model that is being trained."""
 
 from collections.abc import Sequence
 
@@ -9,24 +9,6 @@ from transformers import Idefics3ForConditionalGeneration, PreTrainedTokenizerFa
 from mmspec.assets.pages.rendering import draw_page
 
 from .model import END_ID, FAKE_ID, GLOBAL_ID, IMAGE_ID, INSTRUCTIONS, NUM_IMAGE_TOKENS
-
-
-def edit_distance(first: str, second: str) -> int:
-    """Insertions, deletions and substitutions between two texts (Levenshtein)."""
-    points = np.array([ord(c) for c in second])
-    steps = np.arange(len(second) + 1)
-    row = steps.copy()
-    for index, character in enumerate(first, 1):
-        best = np.minimum(row[1:] + 1, row[:-1] + (points != ord(character)))
-        # A run of insertions: the least of all earlier ones plus the way from there.
-        row = np.minimum.accumulate(np.concatenate([[index], best]) - steps) + steps
-    return int(row[-1])
-
-
-def error_rate(read: Sequence[str], truth: Sequence[str]) -> float:
-    """Character errors of all pages over the characters of all pages."""
-    errors = sum(edit_distance(a, b) for a, b in zip(read, truth, strict=True))
-    return errors / sum(map(len, truth))
 
 
 @torch.no_grad()
@@ -40,7 +22,9 @@ def read_pages(
 ) -> list[str]:
     """Draws pages, page ``i`` with seed ``i``, and reads them greedily in one batch."""
     rngs = [np.random.default_rng(seed) for seed in range(len(pages))]
-    drawn = [draw_page(page, rng, blur=blur, noise=noise) for page, rng in zip(pages, rngs, strict=True)]
+    drawn = [
+        draw_page(page, rng, blur=blur, noise=noise) for page, rng in zip(pages, rngs, strict=True)
+    ]
     pixels = torch.from_numpy(np.stack(drawn)).float() / 127.5 - 1
     pixels = pixels[:, None, None].expand(-1, 1, 3, -1, -1)
     instruction = tokenizer(INSTRUCTIONS[0])["input_ids"]

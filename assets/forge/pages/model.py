@@ -78,7 +78,7 @@ class Size:
 
 SIZES = {
     "pages": Size(160, 3, 4, 480, 192, 5, 4, 448),
-    "pages-drafter": Size(96, 1, 3, 192, 96, 2, 3, 256),
+    "pages-drafter": Size(96, 2, 3, 192, 96, 3, 3, 192),
 }
 
 

@@ -21,24 +21,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmspec.assets.forge.avatars.train import ThreadChooser
 from mmspec.assets.pages.rendering import CHARACTERS, NUM_COLUMNS, NUM_ROWS, cell_codes, draw_page
+from mmspec.assets.pages.scoring import error_rate
 
-from ..avatars.train import ThreadChooser
 from .compose import compose, load_blocks
-from .measure import error_rate, read_pages
-from .model import END_ID, INSTRUCTIONS, PAD_ID, SIZES, answer_logits, make_model, make_tokenizer, see
+from .measure import read_pages
+from .model import (
+    END_ID,
+    INSTRUCTIONS,
+    PAD_ID,
+    SIZES,
+    answer_logits,
+    make_model,
+    make_tokenizer,
+    see,
+)
 
 POOL_BATCHES = 8  # pages of so many batches are sorted by length, which saves padding
 FIRST_ROWS = 2
 GROW_BELOW = 0.4  # nats per character
 WARMUP_STEPS = 100
 CHECKPOINT_EVERY_S = 120.0
-DEV_EVERY_S = 300.0
+DEV_EVERY_S = 900.0
 LOG_EVERY_STEPS = 20
 NUM_DEV_PAGES = 8
 
 NAMING_WEIGHT = 0.5
-SHORT_PAGE = 8  # rows
+SHORTEST_PAGE, SHORT_PAGE = 4, 8  # rows
 PER_TOKEN = 2  # characters
 
 Batch = tuple[Tensor, Tensor, int, Tensor]
@@ -65,8 +75,8 @@ class Pages:
         if self.rng.random() < 0.4:
             rows = self.rng.randint(1, rows)
         markdown, _ = compose(self.blocks, self.rng, rows)
-        blur = self.rng.uniform(0.2, 0.9) if self.rng.random() < 0.3 else 0.0
-        noise = self.rng.uniform(1, 25) if self.rng.random() < 0.3 else 0.0
+        blur = self.rng.uniform(0.2, 0.8) if self.rng.random() < 0.2 else 0.0
+        noise = self.rng.uniform(1, 20) if self.rng.random() < 0.2 else 0.0
         picture = draw_page(markdown, self.noise, blur=blur, noise=noise)
         return picture, [self.ids[c] for c in markdown] + [END_ID], cell_codes(markdown)
 
@@ -171,7 +181,7 @@ class Trainer:
             # While pages are short, letters are not what is to be learned, and blank rows cost
             # time for nothing.
             is_short = reads and self.pages.max_rows <= SHORT_PAGE
-            with torch.set_grad_enabled(not is_short):
+            with torch.set_grad_enabled(not reads or self.pages.max_rows > SHORTEST_PAGE):
                 seen = see(self.model, pictures)
                 naming = naming_loss(self.model.naming, seen, cells)
             if reads:
@@ -179,9 +189,7 @@ class Trainer:
                 num_shown = num_rows * SIZES[self.args.size].num_columns if is_short else None
                 logits = answer_logits(self.model, seen, text, num_prompt, num_shown)
                 targets = text[:, num_prompt:].flatten()
-                loss = F.cross_entropy(
-                    logits.float().flatten(0, 1), targets, ignore_index=PAD_ID
-                )
+                loss = F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=PAD_ID)
         (loss + NAMING_WEIGHT * naming).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

@@ -1,0 +1,120 @@
+"""The bundled reader, its drafter and the captioner: they read what they claim to read."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from mmspec.assets import bundled_path
+from mmspec.assets.captioner.scoring import stated_attributes
+from mmspec.assets.pages.rendering import held_out_pages, render_page
+from mmspec.assets.pages.scoring import edit_distance, error_rate
+from mmspec.pipelines import SpeculativeVLMPipeline
+
+#: The card's character error rate on clean pages, and what so few pages may add to it.
+MAX_CLEAN_CER = 0.05
+NUM_READ = 4
+
+
+def chat(instruction):
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
+
+
+def load(name, **options):
+    pipe = SpeculativeVLMPipeline.from_pretrained(f"bundled:{name}", **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def samples(name):
+    folder = bundled_path(name) / "samples"
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        with Image.open(folder / row["file"]) as image:
+            row["image"] = image.convert("RGB")
+    return rows
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return load("pages", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return samples("pages")
+
+
+@pytest.fixture(scope="module")
+def drafted(reader, pages):
+    drafter = AutoModelForImageTextToText.from_pretrained(
+        bundled_path("pages-drafter"), dtype=torch.float32
+    ).eval()
+    spec = {"name": "model", "model": drafter, "visual_tokens": "all"}
+    images = [[page["image"]] for page in pages[:NUM_READ]]
+    prompts = [chat("Convert to Markdown.")] * NUM_READ
+    return reader(prompts, images=images, max_new_tokens=480, temperature=0.0, drafter=spec)
+
+
+def test_pages_are_read(drafted, pages):
+    truth = [page["markdown"] for page in pages[:NUM_READ]]
+    assert error_rate(drafted.texts, truth) <= MAX_CLEAN_CER
+
+
+@torch.no_grad()
+def test_drafted_tokens_are_those_of_generate(reader, drafted, pages):
+    text = reader.processor.apply_chat_template(
+        chat("Convert to Markdown."), add_generation_prompt=True, tokenize=False
+    )
+    images = [[page["image"]] for page in pages[:NUM_READ]]
+    inputs = reader.processor(text=[text] * NUM_READ, images=images, return_tensors="pt")
+    plain = reader.model.generate(**inputs, max_new_tokens=480, do_sample=False)
+    for row, tokens in zip(plain[:, inputs["input_ids"].shape[1] :], drafted.tokens, strict=True):
+        assert tokens.tolist() == row[: len(tokens)].tolist()
+        assert (row[len(tokens) :] == reader.tokenizer.pad_token_id).all()
+
+
+def test_the_drafter_saves_forwards(drafted):
+    stats = drafted.stats
+    assert stats.num_accepted > 0
+    assert stats.num_target_forwards < max(len(tokens) for tokens in drafted.tokens)
+
+
+def test_sample_pages_are_the_recipe_s(pages):
+    known = held_out_pages()
+    assert len(known) == len({row["markdown"] for row in known}) == 200
+    for page in pages:
+        drawn = render_page(
+            page["markdown"], seed=page["seed"], blur=page["blur"], noise=page["noise"]
+        )
+        assert drawn.tobytes() == page["image"].tobytes()
+        assert {"kind": page["kind"], "markdown": page["markdown"]} in known
+
+
+@pytest.mark.parametrize(
+    ("markdown", "reason"),
+    [("a\n" * 15, "15 rows, got 16"), ("x" * 32, "31 columns, got 32"), ("é", "ASCII only")],
+)
+def test_a_text_that_does_not_fit_is_refused(markdown, reason):
+    with pytest.raises(ValueError, match=reason):
+        render_page(markdown)
+
+
+@pytest.mark.parametrize(("read", "distance"), [("abc", 0), ("", 3), ("xabc", 1), ("acb", 2)])
+def test_edit_distance_counts_edits(read, distance):
+    assert edit_distance(read, "abc") == edit_distance("abc", read) == distance
+
+
+def test_avatars_are_captioned():
+    rows = samples("captioner")
+    out = load("captioner", dtype=torch.float32)(
+        [chat("describe")] * len(rows), images=[[row["image"]] for row in rows], temperature=0.0
+    )
+    right = [
+        stated_attributes(text) == row["attributes"]
+        for text, row in zip(out.texts, rows, strict=True)
+    ]
+    assert sum(right) / len(right) >= 0.9
+    assert all(stated_attributes(row["caption"]) == row["attributes"] for row in rows)
