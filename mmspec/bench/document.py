@@ -59,7 +59,7 @@ def run(
     temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0",
     batch: Annotated[str, typer.Option(help="Pages per call.")] = "1,8",
     pages: Annotated[int | None, typer.Option(help="Pages of each kind; all if unset.")] = None,
-    document: Annotated[int, typer.Option(help="Pages of a document.")] = 4,
+    document: Annotated[int, typer.Option(help="Pages of a document; at least a batch.")] = 4,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "--tokens", help="Cap on a page.")
     ] = None,

@@ -41,6 +41,7 @@ from mmspec.bench.written import (
     merged_figures,
     run_bench,
 )
+from mmspec.checks import require
 from mmspec.drafters import DrafterSpec
 from mmspec.drafters.trie import NgramTrie
 from mmspec.speculation import Settings
@@ -55,13 +56,15 @@ GENERATE: dict[str, dict[str, Any]] = {
 }
 #: Our drafters that need no second model.
 PLAIN_DRAFTERS = {"plain": "none", "ngram": "ngram", "jacobi": "jacobi", "early_exit": "early_exit"}
-#: What the bundled drafter is shown of a picture, all in it beside a tenth or less.
+#: What the bundled drafter is shown of a picture: all, a tenth or less, nothing. "self" is the
+#: model itself over a tenth of its own cache.
 VISUAL_TOKENS = {
     "model_all": "all",
     "model_uniform": "uniform:0.1",
     "model_attention": "attention:0.1",
     "model_pool": "pool:4",
     "model_none": "none",
+    "model_self": "self",
 }
 OURS = (*PLAIN_DRAFTERS, "ngram_store", *VISUAL_TOKENS)
 SYSTEMS = (*GENERATE, *OURS)
@@ -83,7 +86,7 @@ def run(
     temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,1",
     batch: Annotated[str, typer.Option(help="Rows per call.")] = "1,8",
     captions: Annotated[int | None, typer.Option(help="Pictures; all if unset.")] = None,
-    series: Annotated[int, typer.Option(help="Pictures of a series.")] = 8,
+    series: Annotated[int, typer.Option(help="Pictures of a series; at least a batch.")] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "--tokens", help="Cap on a caption.")
     ] = None,
@@ -153,7 +156,12 @@ def bundles_of(model: str) -> list[str]:
 
 
 def card_of(entries: Sequence[Entry]) -> Callable[[VisionModel, int], list[Sample]]:
-    """The static card behind the first of some inputs, repeated to a batch."""
+    """The static card behind the first of some inputs, repeated to a batch.
+
+    Raises:
+        ValueError: If there is no input.
+    """
+    require(len(entries) > 0, "inputs", "at least one", len(entries))
     return lambda loaded, size: vlm_card(loaded, loaded.encode([entries[0]] * size))
 
 
@@ -174,8 +182,8 @@ def drafter_of(name: str) -> Draft:
     def draft(loaded: VisionModel, entries: Sequence[Entry]) -> tuple[DrafterSpec, None]:
         if name in PLAIN_DRAFTERS:
             return PLAIN_DRAFTERS[name], None
-        visual_tokens = VISUAL_TOKENS[name]
-        return {"name": "model", "model": assistant(loaded), "visual_tokens": visual_tokens}, None
+        spec = {"name": "model", "visual_tokens": VISUAL_TOKENS[name]}
+        return spec if name == "model_self" else spec | {"model": assistant(loaded)}, None
 
     return draft
 

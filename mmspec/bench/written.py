@@ -23,6 +23,7 @@ from mmspec.bench.measure import (
 )
 from mmspec.bench.report import Output, Section, card_table, percent, publish, table
 from mmspec.bench.tasks import System, Task, Unavailable, interleaved, run_tasks, samples_of
+from mmspec.checks import require
 
 Entry = Mapping[str, Any]
 
@@ -114,6 +115,10 @@ class Bench:
     measure: Measure
     variant: str = ""
     inputs_per_task: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses tasks of no input."""
+        require(self.inputs_per_task >= 1, "inputs of a task", "at least 1", self.inputs_per_task)
 
     def group_size(self, batch: int) -> int:
         """Inputs of a task: whole batches."""

@@ -167,6 +167,10 @@ def test_unknown_names_are_refused_with_the_known_ones(tmp_path):
         document.run(**PAGES, ocr="eyes", out=tmp_path)
     with pytest.raises(ValueError, match="unknown schedule 'later'"):
         vlm.run(**CAPTIONS | {"schedule": "later"}, out=tmp_path)
+    with pytest.raises(ValueError, match="inputs must be at least one, got 0"):
+        vlm.run(**CAPTIONS | {"captions": 0}, out=tmp_path)
+    with pytest.raises(ValueError, match="inputs of a task must be at least 1, got 0"):
+        document.run(**PAGES | {"document": 0}, out=tmp_path)
     with pytest.raises(ValueError, match="unknown model 'huge'"):
         load_vlm("huge", "float32")
     with pytest.raises(ValueError, match="no pictures to caption come with 'pages'"):
