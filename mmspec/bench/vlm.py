@@ -68,7 +68,7 @@ VISUAL_TOKENS = {
 }
 OURS = (*PLAIN_DRAFTERS, "ngram_store", *VISUAL_TOKENS)
 SYSTEMS = (*GENERATE, *OURS)
-DEFAULT_SYSTEMS = (*GENERATE, "plain", "ngram", "ngram_store", "early_exit", "model_all")
+DEFAULT_SYSTEMS = ("generate", "prompt_lookup", "plain", "ngram", "ngram_store", "early_exit")
 #: transformers decodes these one row at a time only.
 SINGLE_ROW = ("prompt_lookup", "hf_assistant")
 
@@ -80,7 +80,7 @@ NewDraft = Callable[[str], Draft]
 
 
 def run(
-    model: Annotated[str, typer.Option(help=f"Of {', '.join(VLM_MODELS)}.")] = "captioner",
+    model: Annotated[str, typer.Option(help="captioner, or tiny-vlm: random")] = "captioner",
     systems: Annotated[str, typer.Option(help="What to compare.")] = ",".join(DEFAULT_SYSTEMS),
     dtype: Annotated[str, typer.Option(help="Of float32, bfloat16, ...")] = "float32,bfloat16",
     temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,1",
@@ -119,7 +119,7 @@ def run(
         budget=Budget(minutes),
         output=Output(json_only=json_only),
     )
-    chosen = csv(systems, SYSTEMS)
+    model, chosen = model.removeprefix("bundled:"), csv(systems, SYSTEMS)
     models = {name: load_vlm(model, name, device) for name in csv(dtype, list(DTYPES))}
     bench = Bench(
         name="vlm",
