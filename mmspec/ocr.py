@@ -166,11 +166,12 @@ class RapidOcrEngine:
         found = self._engine(np.asarray(scaled.convert("RGB"))[..., ::-1])
         if found.boxes is None:
             return PageText("")
-        spans = []
+        spans: list[_Span] = []
         for text, confidence, corners in zip(found.txts, found.scores, found.boxes, strict=True):
             corners = np.asarray(corners) / scale
-            box = (*corners.min(0).round().astype(int), *corners.max(0).round().astype(int))
-            spans.append((text.strip(), float(confidence), tuple(map(int, box))))
+            left, top = map(round, corners.min(0).tolist())
+            right, bottom = map(round, corners.max(0).tolist())
+            spans.append((text.strip(), float(confidence), (left, top, right, bottom)))
         return _composed(_lines_of([span for span in spans if span[0]]))
 
 
