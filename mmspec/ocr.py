@@ -45,7 +45,6 @@ _FULL_LINE = 0.8
 _WORDS_OF_A_CELL = 3.0
 # How alike a picture must be to itself a line further down, against no shift.
 _LEAST_RECURRENCE = 0.15
-_INSTALL = "pip install 'mmspec[ocr]'"
 _TESSDATA = (
     "/usr/share/tesseract-ocr/*/tessdata",
     "/usr/share/tessdata",
@@ -117,7 +116,7 @@ class TesserocrEngine:
             ValueError: If the package or the language's data is missing; says where it was looked
                 for.
         """
-        tesserocr = _imported("tesserocr", self.name)
+        tesserocr = _imported("tesserocr", "ocr")
         folder = tessdata_folder(language)
         self._levels = tesserocr.RIL
         self._iterate: Any = tesserocr.iterate_level
@@ -159,7 +158,7 @@ class RapidOcrEngine:
         Raises:
             ValueError: If the package is missing.
         """
-        self._engine: Any = _imported("rapidocr", self.name).RapidOCR()
+        self._engine: Any = _imported("rapidocr", "rapidocr").RapidOCR()
 
     def __call__(self, image: Image.Image) -> PageText:
         """Reads a page."""
@@ -167,11 +166,12 @@ class RapidOcrEngine:
         found = self._engine(np.asarray(scaled.convert("RGB"))[..., ::-1])
         if found.boxes is None:
             return PageText("")
-        spans = []
+        spans: list[_Span] = []
         for text, confidence, corners in zip(found.txts, found.scores, found.boxes, strict=True):
             corners = np.asarray(corners) / scale
-            box = (*corners.min(0).round().astype(int), *corners.max(0).round().astype(int))
-            spans.append((text.strip(), float(confidence), tuple(map(int, box))))
+            left, top = map(round, corners.min(0).tolist())
+            right, bottom = map(round, corners.max(0).tolist())
+            spans.append((text.strip(), float(confidence), (left, top, right, bottom)))
         return _composed(_lines_of([span for span in spans if span[0]]))
 
 
@@ -278,13 +278,13 @@ def split_into_bands(image: Image.Image, most: int = 8) -> list[tuple[int, int]]
     return parts
 
 
-def _imported(package: str, name: str) -> Any:
+def _imported(package: str, extra: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
-            f"the OCR engine {name!r} needs the package {package}, which cannot be imported "
-            f"({error}); {_INSTALL}, or pass ocr=None"
+            f"this OCR engine needs the package {package}, which cannot be imported ({error}); "
+            f"pip install 'mmspec[{extra}]', or pass ocr=None"
         ) from error
 
 
