@@ -22,7 +22,9 @@ from .model import SIZES, Size, make_model, make_processor, make_tokenizer
 
 ASSETS = Path(__file__).resolve().parents[2]
 NUM_HELD_OUT = 200
-NUM_CLEAN, NUM_NOISY = 8, 4
+#: Kinds of the sample pages.
+CLEAN = ("docs", "docs", "docs", "wordnet", "wordnet", "table", "table", "random")
+NOISY_ONES = ("docs", "wordnet", "table", "random")
 #: What "noisy" means in the figures and the samples: within what training has seen.
 NOISY = {"blur": 0.6, "noise": 15.0}
 
@@ -56,14 +58,21 @@ def write_pages(work_dir: Path, out: Path) -> None:
     pages = held_out_pages(work_dir)
     (out / "held_out.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
     folder = out / "samples"
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    left = list(enumerate(pages))
     rows = []
-    for index, page in enumerate(pages[: NUM_CLEAN + NUM_NOISY]):
-        how = NOISY if index >= NUM_CLEAN else {"blur": 0.0, "noise": 0.0}
-        file = f"{'noisy' if index >= NUM_CLEAN else 'clean'}-{index:02}.png"
-        image = render_page(page["markdown"], seed=index, **how)
-        image.convert("L").save(folder / file, optimize=True)
-        rows.append({"file": file, "seed": index, **how, **page})
+    for name, kinds, how in (
+        ("clean", CLEAN, {"blur": 0.0, "noise": 0.0}),
+        ("noisy", NOISY_ONES, NOISY),
+    ):
+        for kind in kinds:
+            index, page = next(one for one in left if one[1]["kind"] == kind)
+            left.remove((index, page))
+            file = f"{name}-{len(rows):02}.png"
+            image = render_page(page["markdown"], seed=index, **how)
+            image.convert("L").save(folder / file, optimize=True)
+            rows.append({"file": file, "seed": index, **how, **page})
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

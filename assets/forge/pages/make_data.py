@@ -31,6 +31,12 @@ _INLINE = (
 )
 _UNDERLINE = re.compile(r"([=*~\-^\"#])\1{2,}$")
 _ITEM = re.compile(r"[*-] +")
+# Entries of a dictionary that are no good as sample pages.
+_COARSE = re.compile(
+    r"obscen|vulgar|disparag|offensive|slur|derog|insult|sex|genital|penis|vagina|anus|rape|prosti"
+    r"|nazi|fellat|copulat|intercourse|sodom|masturb|excre|feces|incest|breast|homosex|erotic|lust",
+    re.IGNORECASE,
+)
 
 
 def part_of(name: str) -> str:
@@ -104,7 +110,8 @@ def main() -> None:
             blocks[part_of(name)]["docs"].append(found)
     for key, word, others, gloss in synsets():
         text = clean(gloss)
-        if text and all(clean(one) for one in (word, *others)):
+        is_coarse = _COARSE.search(" ".join([gloss, word, *others]))
+        if text and not is_coarse and all(clean(one) for one in (word, *others)):
             blocks[part_of(key)]["wordnet"].append([word, others, text])
     (args.work_dir / "blocks.json").write_text(json.dumps(blocks))
     for part, sources in blocks.items():
