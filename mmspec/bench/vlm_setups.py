@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from mmspec.adapters import vision_language
-from mmspec.assets import bundled_path
+from mmspec.assets import bundled_names, bundled_path
 from mmspec.bench.measure import Sample, timed
 from mmspec.bench.setups import DTYPES, seeded, static_card, step_figures
 from mmspec.engine import Engine
@@ -41,7 +41,7 @@ PAGE_KINDS = {
 #: What is on them, as the held-out pages are sorted; anything else is prose.
 _CONTENT = {"tables": ("table",)}
 _PROSE = ("docs", "wordnet")
-#: Bundled model -> its bundled drafter, if it has one.
+#: Bundled model -> the name of its drafter, if it has one.
 VLM_MODELS: dict[str, str | None] = {"pages": "pages-drafter", "captioner": None, TINY: None}
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz .,|-#0123456789\n"
@@ -121,7 +121,7 @@ def load_vlm(name: str, dtype: str, device: str = "cpu") -> VisionModel:
         small = VLM_MODELS[name]
         load = AutoModelForImageTextToText.from_pretrained
         model = load(bundled_path(name))
-        drafter = None if small is None else load(bundled_path(small))
+        drafter = load(bundled_path(small)) if small in bundled_names() else None
         processor = AutoProcessor.from_pretrained(bundled_path(name))
     model = model.to(device, DTYPES[dtype]).eval()
     eos = model.generation_config.eos_token_id
