@@ -20,11 +20,11 @@ JOBS ?= 2
 # Tests never reach a network, and one thread per process keeps two processes on two cores.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
-.PHONY: help setup demo test test-all lint format types bench docs wheel clean
+.PHONY: help setup demo test test-all lint format types bench docs support wheel clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make setup | demo | test | test-all | lint | format | types | bench | docs | wheel | clean"
+	@echo "make setup | demo | test | test-all | lint | format | types | bench | docs | support | wheel | clean"
 
 setup: $(STAMP)
 
@@ -74,6 +74,10 @@ bench: setup
 docs: setup
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -q --doctest-modules --doctest-glob='*.md' \
 	  $(wildcard mmspec docs README.md) || test $$? -eq 5
+
+# The table of supported models, from the tests that show it; all of them have to pass.
+support: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -m supports --write-support
 
 wheel: setup
 	@rm -rf build/lib build/bdist.* dist

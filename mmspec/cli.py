@@ -385,12 +385,10 @@ def models(
     debug: DebugOption = False,
 ) -> None:
     """Show which models are supported, on what they were tested, and what is promised."""
-    from dataclasses import asdict
-
-    from mmspec.support import SUPPORT
+    from mmspec.support import support_data
 
     with one_line_reasons(debug):
-        rows = [asdict(row) for row in SUPPORT]
+        rows = support_data()["rows"]
         shown = json.dumps(rows) if as_json else _columns(rows)
         if out is None:
             typer.echo(shown)
@@ -398,10 +396,12 @@ def models(
             out.write_text(shown + "\n", encoding="utf-8")
 
 
-def _columns(rows: list[dict[str, str]]) -> str:
-    names = ["family", "class_name", "adapter", "guarantee", "tested"]
-    table = [names, *([row[name] for name in names] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(names) - 1)]
+def _columns(rows: list[dict[str, Any]]) -> str:
+    names = ["family", "class_name", "adapter", "pipeline", "guarantee"]
+    tested = ["; ".join(filter(None, [", ".join(row["features"]), row["note"]])) for row in rows]
+    cells = ([row[name] for name in names] + [text] for row, text in zip(rows, tested, strict=True))
+    table = [[*names, "tested"], *cells]
+    widths = [max(len(line[i]) for line in table) for i in range(len(names))]
     return "\n".join(
         "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]])
         for line in table
@@ -447,6 +447,18 @@ def bench_text(context: typer.Context) -> None:
 def bench_image(context: typer.Context) -> None:
     """Decoders of an image model. `mmspec bench image --help`: options."""
     _bench(context, "image")
+
+
+@bench_app.command("vlm", context_settings=_FORWARDED)
+def bench_vlm(context: typer.Context) -> None:
+    """Drafters of a vision-language model on captions. `mmspec bench vlm --help`: options."""
+    _bench(context, "vlm")
+
+
+@bench_app.command("document", context_settings=_FORWARDED)
+def bench_document(context: typer.Context) -> None:
+    """Drafters of a document model on pages. `mmspec bench document --help`: options."""
+    _bench(context, "document")
 
 
 def main() -> None:

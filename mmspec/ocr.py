@@ -166,12 +166,15 @@ class RapidOcrEngine:
         found = self._engine(np.asarray(scaled.convert("RGB"))[..., ::-1])
         if found.boxes is None:
             return PageText("")
-        spans = []
+        spans: list[_Span] = []
         for text, confidence, corners in zip(found.txts, found.scores, found.boxes, strict=True):
             corners = np.asarray(corners) / scale
-            box = (*corners.min(0).round().astype(int), *corners.max(0).round().astype(int))
-            spans.append((text.strip(), float(confidence), tuple(map(int, box))))
-        return _composed(_lines_of([span for span in spans if span[0]]))
+            left, top = map(round, corners.min(0).tolist())
+            right, bottom = map(round, corners.max(0).tolist())
+            spans.append((text.strip(), float(confidence), (left, top, right, bottom)))
+        # The engine knows no paragraphs; a short line is as likely the row of a table.
+        lines = _lines_of([span for span in spans if span[0]])
+        return _composed(_in_paragraphs(lines, full_line=0.0))
 
 
 Engine = Callable[[Image.Image], PageText]
@@ -307,7 +310,7 @@ def _composed(lines: Sequence[_Line]) -> PageText:
     return PageText(text, tuple(words))
 
 
-def _in_paragraphs(block: _Block) -> _Block:
+def _in_paragraphs(block: _Block, full_line: float = _FULL_LINE) -> _Block:
     """The lines of a block; a paragraph starts below a gap or below a line that is not full.
 
     The engine alone sees paragraphs wherever a sentence happens to end with its line.
@@ -317,7 +320,7 @@ def _in_paragraphs(block: _Block) -> _Block:
     steps = [below - above for above, below in itertools.pairwise(tops)]
     usual = statistics.median(steps) if steps else 0
     left = min((line.spans[0][2][0] for line in block if line.spans), default=0)
-    full = left + _FULL_LINE * (max(rights, default=0) - left)
+    full = left + full_line * (max(rights, default=0) - left)
     lines = [_Line(line.spans, True) for line in block[:1]]
     for line, step, right in zip(block[1:], steps, rights[:-1], strict=True):
         is_apart = step > _PARAGRAPH_GAP * usual or right < full
@@ -335,8 +338,8 @@ def _in_rows(blocks: Sequence[_Block]) -> list[_Line]:
     for is_table, run in itertools.groupby(zip(blocks, is_cell, strict=True), lambda pair: pair[1]):
         found = [line for block, _ in run for line in block]
         if is_table:
-            found = _lines_of([span for line in found for span in line.spans])
-            found[:1] = [_Line(line.spans, True) for line in found[:1]]
+            rows = _lines_of([span for line in found for span in line.spans])
+            found = [_Line(row.spans, index == 0) for index, row in enumerate(rows)]
         lines += found
     return lines
 
@@ -359,7 +362,10 @@ def _extent(block: _Block) -> tuple[int, int]:
 
 
 def _lines_of(spans: Sequence[_Span]) -> list[_Line]:
-    """Pieces of lines put together: what lies at one height, from the left."""
+    """Pieces of lines put together: what lies at one height, from the left.
+
+    Each may start a paragraph.
+    """
     lines: list[list[_Span]] = []
     for span in sorted(spans, key=lambda span: span[2][1] + span[2][3]):
         top, bottom = span[2][1], span[2][3]
@@ -368,4 +374,4 @@ def _lines_of(spans: Sequence[_Span]) -> list[_Line]:
             lines[-1].append(span)
         else:
             lines.append([span])
-    return [_Line(sorted(line, key=lambda span: span[2][0]), False) for line in lines]
+    return [_Line(sorted(line, key=lambda span: span[2][0]), True) for line in lines]

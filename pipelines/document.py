@@ -331,9 +331,9 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
                 crop = page.image.crop(
                     (0, max(top - _MARGIN, 0), page.image.width, bottom + _MARGIN)
                 )
-                has_boxes = isinstance(text, PageText) and text.words
-                part = _Page(crop)
-                part.text = text.between(top, bottom) if has_boxes else text
+                part = _Page(crop, text=text)
+                if isinstance(text, PageText) and text.words:
+                    part.text = text.between(top, bottom)
                 parts.append(part)
             spec = _guided(drafter, parts, self.tokenizer, None)
             answer = self._ask(

@@ -1,6 +1,7 @@
 """A tiny random Chameleon of transformers' own classes, and its processor."""
 
 import torch
+from supported import Supported
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     ChameleonConfig,
@@ -10,6 +11,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+CHAMELEON = Supported(
+    family="Chameleon",
+    class_name="ChameleonForConditionalGeneration",
+    adapter="image_chameleon",
+    pipeline="SpeculativeImagePipeline",
+    note="pixels need a supplied image_decoder",
+)
 BOS, PAD, EOS, BOI, EOI, SEP, UNK, IMAGE = range(8)
 SPECIAL = [
     "<s>", "<pad>", "</s>", "<racm3:break>", "<eoss>", "<reserved08706>", "<unk>", "<image>",

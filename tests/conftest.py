@@ -7,6 +7,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from supported import SupportPlugin
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds what `make support` asks for."""
+    parser.addoption(
+        "--write-support",
+        action="store_true",
+        help="write mmspec/support.json and docs/support.md if all tests marked `supports` pass",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collects the table of supported models."""
+    plugin = SupportPlugin(writes=config.getoption("write_support"))
+    config.pluginmanager.register(plugin, "support")
 
 
 @pytest.fixture(scope="session", autouse=True)

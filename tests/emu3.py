@@ -1,6 +1,7 @@
 """A tiny random Emu3 of transformers' own classes, with a processor of transformers' own."""
 
 import torch
+from supported import Supported
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Emu3Config,
@@ -10,6 +11,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+EMU3 = Supported(
+    family="Emu3",
+    class_name="Emu3ForConditionalGeneration",
+    adapter="image_emu3",
+    pipeline="SpeculativeImagePipeline",
+)
 PAD, BOS, EOS, UNK, IMAGE, BOI, WRAPPER, EOL, EOF, EOI = range(10)
 SPECIAL = [
     "<|endoftext|>", "<|extra_203|>", "<|extra_204|>", "<unk>", "<image>", "<|image start|>",

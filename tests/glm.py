@@ -1,6 +1,7 @@
 """Tiny random GLM-Image models of the real classes, with a processor, and the whole pipeline."""
 
 import torch
+from supported import Supported
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GlmImageConfig,
@@ -10,6 +11,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+GLM_IMAGE = Supported(
+    family="GLM-Image",
+    class_name="GlmImageForConditionalGeneration",
+    adapter="image_glm",
+    pipeline="accelerate",
+)
 CODES, SPECIALS = 24, 4
 START, END, PAD = 24, 25, 60
 NAMED = {"<|start|>": START, "<|end|>": END, "<sop>": 28, "<eop>": 29, "<|image|>": 59,

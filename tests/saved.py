@@ -1,6 +1,7 @@
 """Tiny random models saved to a folder, as the command line loads them."""
 
 import torch
+from supported import Supported
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -13,6 +14,12 @@ from transformers import (
 from vlm import tiny_vlm
 from vlm_processors import PROCESSORS
 
+JANUS = Supported(
+    family="Janus",
+    class_name="JanusForConditionalGeneration",
+    adapter="token_image",
+    pipeline="SpeculativeImagePipeline",
+)
 WORDS = "a pixel avatar with red hair glasses and the blue top write this text again word for"
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 

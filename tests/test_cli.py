@@ -355,7 +355,7 @@ def test_models(tmp_path):
     assert "JanusForConditionalGeneration" in run("models").stdout
     run("models", "--json", "--out", tmp_path / "models.json")
     rows = json.loads((tmp_path / "models.json").read_text())
-    assert {"family", "class_name", "adapter", "tested", "guarantee"} <= set(rows[0])
+    assert {"family", "class_name", "adapter", "features", "guarantee"} <= set(rows[0])
 
 
 def test_bench_hands_its_options_on():

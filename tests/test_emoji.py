@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from saved import JANUS
 
 from mmspec.assets import bundled_path
 from mmspec.pipelines.image import SpeculativeImagePipeline
@@ -22,6 +23,7 @@ def heldout_rows(file):
     return [json.loads(line) for line in (FOLDER / file).read_text().splitlines()]
 
 
+@pytest.mark.supports("trained weights", JANUS)
 def test_exact_draws_the_codes_of_sequential(pipe):
     caption = heldout_rows("heldout.jsonl")[0]["caption"]
     first, second = (

@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from supported import Supported
 
 from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.drafters.jacobi import JacobiDrafter
@@ -38,6 +39,16 @@ def tiny_model(family: str = "Llama", *, dtype=torch.float64, attention="sdpa", 
     config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
     config._attn_implementation = attention
     return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+
+
+def causal(family: str, class_name: str | None = None) -> Supported:
+    """A family of plain decoders."""
+    return Supported(
+        family=family,
+        class_name=class_name or f"{family}ForCausalLM",
+        adapter="causal_lm",
+        pipeline="SpeculativeTextPipeline",
+    )
 
 
 def make_rows(prompts, budgets, *, seed=1, **options) -> TokenRows:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from supported import Supported
 
 IMAGE, START, END, VIDEO, PAD = 50, 51, 52, 53, 60
 VOCAB = 61
@@ -133,6 +134,7 @@ class Family:
     """How to build a model and its inputs.
 
     Attributes:
+        title: What people call it.
         class_name: Class in transformers.
         config: Makes its configuration.
         pictures: Makes the inputs of the vision tower.
@@ -143,8 +145,10 @@ class Family:
         films: Makes the inputs of the vision tower for videos; None where there are none.
         frame_token: Stands for a feature of a video.
         is_timed: Text stands between the frames of a video.
+        pipeline: What loads it; "speculate" where it has no processor that a pipeline can use.
     """
 
+    title: str
     class_name: str
     config: Callable[[], Any]
     pictures: Callable[..., dict[str, Any]] = plain_pictures
@@ -155,6 +159,17 @@ class Family:
     films: Callable[..., dict[str, Any]] | None = None
     frame_token: int = VIDEO
     is_timed: bool = False
+    pipeline: str = "SpeculativeVLMPipeline"
+
+    @property
+    def supported(self) -> Supported:
+        """Its row in the table of supported models."""
+        return Supported(
+            family=self.title,
+            class_name=self.class_name,
+            adapter="vision_language",
+            pipeline=self.pipeline,
+        )
 
 
 def llama() -> Any:
@@ -279,8 +294,9 @@ def got_ocr2() -> Any:
 
 
 FAMILIES = {
-    "llava": Family(class_name="LlavaForConditionalGeneration", config=llava),
+    "llava": Family(title="LLaVA", class_name="LlavaForConditionalGeneration", config=llava),
     "llava_onevision": Family(
+        title="LLaVA-OneVision",
         class_name="LlavaOnevisionForConditionalGeneration",
         config=llava_onevision,
         pictures=tiled_pictures,
@@ -288,26 +304,41 @@ FAMILIES = {
         films=stacked_frames,
     ),
     "smolvlm": Family(
+        title="SmolVLM",
         class_name="SmolVLMForConditionalGeneration",
         config=smolvlm("SmolVLM"),
         pictures=padded_pictures,
     ),
     "idefics3": Family(
+        title="Idefics3, Granite-Docling",
         class_name="Idefics3ForConditionalGeneration",
         config=smolvlm("Idefics3"),
         pictures=padded_pictures,
     ),
-    "internvl": Family(class_name="InternVLForConditionalGeneration", config=internvl),
+    "internvl": Family(
+        title="InternVL", class_name="InternVLForConditionalGeneration", config=internvl
+    ),
     "gemma3": Family(
-        class_name="Gemma3ForConditionalGeneration", config=gemma3, token_types="token_type_ids"
+        title="Gemma3 (images)",
+        class_name="Gemma3ForConditionalGeneration",
+        config=gemma3,
+        token_types="token_type_ids",
     ),
     "paligemma": Family(
+        title="PaliGemma",
         class_name="PaliGemmaForConditionalGeneration",
         config=paligemma,
         token_types="token_type_ids",
     ),
-    "got_ocr2": Family(class_name="GotOcr2ForConditionalGeneration", config=got_ocr2, pixels=32),
+    "got_ocr2": Family(
+        title="GOT-OCR2",
+        pipeline="speculate",
+        class_name="GotOcr2ForConditionalGeneration",
+        config=got_ocr2,
+        pixels=32,
+    ),
     "qwen2_vl": Family(
+        title="Qwen2-VL",
         class_name="Qwen2VLForConditionalGeneration",
         config=qwen_vl("Qwen2VL", {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),
         pictures=flat_patches,
@@ -316,6 +347,7 @@ FAMILIES = {
         films=flat_frames,
     ),
     "qwen2_5_vl": Family(
+        title="Qwen2.5-VL",
         class_name="Qwen2_5_VLForConditionalGeneration",
         config=qwen_vl(
             "Qwen2_5_VL",
@@ -333,6 +365,7 @@ FAMILIES = {
         films=timed_frames,
     ),
     "qwen3_vl": Family(
+        title="Qwen3-VL",
         class_name="Qwen3VLForConditionalGeneration",
         config=qwen_vl(
             "Qwen3VL",
@@ -351,6 +384,7 @@ FAMILIES = {
         is_timed=True,
     ),
     "glm_ocr": Family(
+        title="GLM-OCR",
         class_name="GlmOcrForConditionalGeneration",
         config=qwen_vl(
             "GlmOcr", {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
@@ -363,6 +397,7 @@ FAMILIES = {
         is_timed=True,
     ),
     "paddleocr_vl": Family(
+        title="PaddleOCR-VL",
         class_name="PaddleOCRVLForConditionalGeneration",
         config=qwen_vl("PaddleOCRVL", TOWER | {"patch_size": 2}),
         pictures=flat_patches,
@@ -371,6 +406,8 @@ FAMILIES = {
         token_types="mm_token_type_ids",
     ),
 }
+
+SUPPORTED = {name: family.supported for name, family in FAMILIES.items()}
 
 
 def tiny_vlm(name: str, **changes: Any) -> Any:

@@ -5,6 +5,8 @@ Each module has one entry point, a function that a command line mounts as it is:
     app.command("core")(mmspec.bench.core.run)
     app.command("text")(mmspec.bench.text.run)
     app.command("image")(mmspec.bench.image.run)
+    app.command("vlm")(mmspec.bench.vlm.run)
+    app.command("document")(mmspec.bench.document.run)
 
 and that also runs as ``python -m mmspec.bench.core --help``. All arguments have defaults; lists are
 comma-separated strings, so that they read the same in Python and in a shell::
@@ -18,6 +20,13 @@ comma-separated strings, so that they read the same in Python and in a shell::
               guidance="1,3,5", batch="1,8", dtype="float32", temperature=1.0, prompts=8,
               quality=96, quality_generate=False, quality_guidance="3", memory=False, repeats=3,
               <common>)
+    vlm.run(model="captioner", systems="generate,...", dtype="float32,bfloat16",
+            temperature="0,1", batch="1,8", captions=None, series=8, max_new_tokens=None,
+            schedule="adaptive", width=None, repeats=3, <common>)
+    document.run(model="pages", kinds="clean,noisy,failed,tables", systems="generate,...",
+                 ocr="auto", dtype="float32,bfloat16", temperature="0", batch="1,8", pages=None,
+                 document=4, max_new_tokens=None, schedule="adaptive", width=None, repeats=3,
+                 <common>)
 
 with ``minutes=None, seed=0, device="cpu", out=Path("mmspec-bench"), label="", json_only=False`` in
 common. ``prompts`` is a number: prompts of each kind, or captions. ``prompts=0`` measures no speed
@@ -32,7 +41,7 @@ sample counts while the source, the bundled files it read, the versions, the dev
 of threads are the same.
 
 ``measure`` has the clocks, the forward counter, provenance and the store, ``tasks`` the order of
-work, ``setups`` and ``image_setups`` the models and the same job given to both sides, ``quality``
-what pictures show, ``memory`` the bytes that making them takes, ``report`` and ``image_report`` the
-tables.
+work, ``setups``, ``image_setups`` and ``vlm_setups`` the models and the same job given to both
+sides, ``written`` what text, captions and pages share, ``quality`` what pictures show, ``memory``
+the bytes that making them takes, ``report`` and ``image_report`` the tables.
 """

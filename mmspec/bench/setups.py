@@ -7,7 +7,7 @@ forwards of about 30 ms. Image models are in `mmspec.bench.image_setups`.
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -187,18 +187,40 @@ def generate_text(
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    return generate_rows(
+        loaded.model,
+        {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)},
+        eos_token_ids=loaded.eos_token_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        **options,
+    )
+
+
+def generate_rows(
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    eos_token_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    **options: object,
+) -> list[list[int]]:
+    """As `generate_text`, with whatever inputs the model takes; ``input_ids`` among them."""
     sampling: dict[str, object] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(seed)
-    output = loaded.model.generate(
-        ids.to(loaded.device),
-        attention_mask=mask.to(loaded.device),
+    output = model.generate(
+        **inputs,
         max_new_tokens=max_new_tokens,
         **sampling,
         **options,
     )
-    return [_until_end(row, loaded.eos_token_ids) for row in output[:, longest:].tolist()]
+    new = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_until_end(row, eos_token_ids) for row in new]
 
 
 def _until_end(tokens: list[int], eos_token_ids: Sequence[int]) -> list[int]:

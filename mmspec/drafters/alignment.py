@@ -99,6 +99,8 @@ class Alignment:
 
     #: Weight of older observations of what the output writes for a kind of gap.
     DECAY = 0.8
+    #: Symbols that agreed in a row after which no other place is thought of.
+    SETTLED = 12
     #: Most symbols looked back at to say how well a place fits.
     LOOK_BACK = 32
 
@@ -109,6 +111,7 @@ class Alignment:
         self._slope = np.arange(size, dtype=np.int32) * _DELETE
         self._cost = np.minimum(self._slope, _JUMP)
         self._here = 0
+        self._agreed = 0
         self._tail: list[int] = []
         # What the output has written since its last letter or digit.
         self._gap = ""
@@ -144,26 +147,44 @@ class Alignment:
 
     def _advance(self, symbol: int) -> None:
         """One more symbol of the output: the cheapest way to every place."""
-        old = self._cost
+        self._tail.append(symbol)
+        del self._tail[: -self.LOOK_BACK]
+        symbols = self.reference.symbols
+        agrees = self._here < len(symbols) and symbols[self._here] == symbol
+        if agrees and self._agreed >= self.SETTLED:
+            self._here += 1
+            return
+        old = self._cost = self._costs()
         new = old + _INSERT
         # Nothing was read where the output stands before the reference.
-        replaced = old[:-1] + (self.reference.symbols != symbol) * _SUBSTITUTE
-        np.minimum(new[1:], replaced, out=new[1:])
+        np.minimum(new[1:], old[:-1] + (symbols != symbol) * _SUBSTITUTE, out=new[1:])
         new -= self._slope
         np.minimum.accumulate(new, out=new)
         new += self._slope
         new -= new.min()
         self._cost = np.minimum(new, _JUMP, out=new)
-        self._tail.append(symbol)
-        del self._tail[: -self.LOOK_BACK]
         best = np.flatnonzero(new == 0)
         ahead = np.searchsorted(best, self._here)
-        self._here = int(best[ahead] if ahead < len(best) else best[-1])
+        moved_to = int(best[ahead] if ahead < len(best) else best[-1])
+        self._agreed = self._agreed + 1 if agrees and moved_to == self._here + 1 else 0
+        self._here = moved_to
+
+    def _costs(self) -> np.ndarray:
+        """What it costs to stand at each place.
+
+        While the output agrees, all that matters is how far a place is from where it stands, so
+        nothing is computed then.
+        """
+        if self._agreed < self.SETTLED:
+            return self._cost
+        distance = np.arange(len(self._slope), dtype=np.int32) - self._here
+        return np.minimum(np.maximum(distance * _DELETE, -distance * _INSERT), _JUMP)
 
     def _places(self, count: int) -> list[int]:
         """Numbers of symbols read, the likeliest first."""
-        near = np.flatnonzero(self._cost <= _SUBSTITUTE)
-        near = near[np.argsort(self._cost[near] * 1000 + abs(near - self._here).clip(0, 999))]
+        cost = self._costs()
+        near = np.flatnonzero(cost <= _SUBSTITUTE)
+        near = near[np.argsort(cost[near] * 1000 + abs(near - self._here).clip(0, 999))]
         return [self._here, *(int(place) for place in near[:count] if place != self._here)][:count]
 
     def _match_length(self, place: int) -> int:

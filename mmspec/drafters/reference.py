@@ -27,6 +27,11 @@ _CHARACTERS_PER_TOKEN = 6
 # Places in the reference that are drafted from, and tokens of those that are not the likeliest.
 _PLACES = 2
 _TOKENS_OF_OTHERS = 8
+# Steps that a reference is trusted for beforehand, and the weight of older steps.
+_FIRST_TRUST = 2.0
+_MEMORY = 0.9
+# Share of right beginnings below which a reference is hardly worth the host's time.
+_DISTRUST = 0.1
 # Chance of the first token where nothing before it agrees.
 _NO_MATCH = 0.4
 # Signs of a byte sequence that is not complete yet.
@@ -185,19 +190,24 @@ class _Follower:
         self._spelling = spelling
         self._calibration = Calibration()
         self._raw = Draft()
+        # Steps whose draft began right, and all of them; the latest count most.
+        self._right = self._drafted = _FIRST_TRUST
         self._read: list[int] = []
         self._unread: list[int] = []
 
     def find(self, tail: list[int], budget: int) -> Draft:
         """What follows the tail, its scores the chances of its nodes."""
         self._raw = Draft()
+        trust = self._right / self._drafted
+        if trust < _DISTRUST:
+            budget = min(budget, _TOKENS_OF_OTHERS)
         if budget:
             following = self._alignment.continuations(
                 budget * _CHARACTERS_PER_TOKEN, self._num_places
             )
             limits = [budget] + [min(budget, _TOKENS_OF_OTHERS)] * (len(following) - 1)
             chains = [
-                self._chain(one, tail, limit, 0.5**rank)
+                self._chain(one, tail, limit, trust * 0.5**rank)
                 for rank, (one, limit) in enumerate(zip(following, limits, strict=True))
             ]
             self._raw = merge(chains, budget)
@@ -206,6 +216,9 @@ class _Follower:
     def learn(self, new: Sequence[int]) -> None:
         """Reads what was committed behind the tail."""
         self._calibration.learn(self._raw, new)
+        if self._raw.tokens:
+            self._right = self._right * _MEMORY + (_held(self._raw, new) > 0)
+            self._drafted = self._drafted * _MEMORY + 1
         for token in new:
             if token in self._spelling.markup:
                 self._read_text()

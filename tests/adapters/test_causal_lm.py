@@ -4,7 +4,7 @@ import accelerate
 import pytest
 import torch
 import transformers
-from tiny import SHAPE, VOCAB
+from tiny import SHAPE, VOCAB, causal
 
 import mmspec
 from mmspec.adapters.causal_lm import CausalTarget
@@ -35,6 +35,18 @@ FAMILIES = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "dtype": torch.float32},
     "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 16, "dtype": torch.float32},
 }
+CLASSES = {"GPT2": "GPT2LMHeadModel"}
+TITLES = {"GPTNeoX": "GPT-NeoX", "GPT2": "GPT-2", "Qwen2Moe": "Qwen2-MoE"}
+SUPPORTED = {
+    name: causal(TITLES.get(key, key), CLASSES.get(key, f"{key}ForCausalLM"))
+    for name in FAMILIES
+    for key in [name.split("-")[0]]
+}
+SLIDING = {
+    name: SUPPORTED[name]
+    for name, changes in FAMILIES.items()
+    if changes.get("sliding_window") is not None
+}
 DRAFTERS = {
     "jacobi": "jacobi",
     "early_exit": {"name": "early_exit", "num_layers": 1},
@@ -48,14 +60,13 @@ def family_model(name: str):
     changes = dict(FAMILIES[name])
     family = name.split("-")[0]
     config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    class_name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
     attention, dtype = changes.pop("attention", "sdpa"), changes.pop("dtype", torch.float64)
     # Tied embeddings would make a random model repeat its input.
     changes |= {"pad_token_id": PAD, "tie_word_embeddings": False}
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**(SHAPE | changes))
     config._attn_implementation = attention
-    return getattr(transformers, class_name)(config).to(dtype).eval()
+    return getattr(transformers, SUPPORTED[name].class_name)(config).to(dtype).eval()
 
 
 def batch(num_rows: int, longest: int = 12) -> dict:
@@ -85,7 +96,11 @@ def model(request):
     return family_model(request.param)
 
 
-@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.supports("greedy", SUPPORTED)
+@pytest.mark.supports("sliding windows", SLIDING)
+@pytest.mark.parametrize(
+    "num_rows", [1, pytest.param(5, marks=pytest.mark.supports("batches", SUPPORTED))]
+)
 def test_greedy_equals_generate(model, num_rows):
     inputs = batch(num_rows)
     expected = greedy(model, inputs)

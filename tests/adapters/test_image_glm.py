@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from glm import CODES, END, PAD, SPECIALS, START, glm_model, glm_processor
+from glm import CODES, END, GLM_IMAGE, PAD, SPECIALS, START, glm_model, glm_processor
 from transformers import DynamicCache
 
 import mmspec
@@ -85,6 +85,7 @@ def test_positions_are_those_of_transformers(model, large, small):
     assert torch.equal(text[:, :, 2].T, theirs_B3T[:, :, -1])
 
 
+@pytest.mark.supports("greedy", GLM_IMAGE)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("window", [1, 7])
 def test_greedy_is_that_of_transformers(seed, window):
@@ -169,12 +170,14 @@ def test_transformers_mixes_the_grids_of_several_images_per_prompt(model):
     assert not torch.equal(theirs[0], theirs[1])
 
 
+@pytest.mark.supports("sampled", GLM_IMAGE)
 @pytest.mark.parametrize("window", [1, 2, 7, 16, 64])
 @pytest.mark.parametrize("law", [GREEDY, LawConfig(), LawConfig(temperature=0.7, top_k=9)])
 def test_exact_is_sequential_for_every_window(model, window, law):
     assert codes(model, window=window, law=law) == codes(model, law=law)
 
 
+@pytest.mark.supports("batches", GLM_IMAGE)
 @pytest.mark.parametrize("rule", ["exact", "coupled", "sjd"])
 def test_row_of_a_batch_is_its_single_run(model, rule):
     batch = codes(model, window=7, rule=rule)
@@ -268,6 +271,7 @@ def pipe(model):
     return pipe
 
 
+@pytest.mark.supports("processor", GLM_IMAGE)
 def test_pipeline_makes_the_codes_of_the_picture(pipe):
     seeds = [torch.Generator().manual_seed(s) for s in (3, 4)]
     out = pipe(["a cat", "a red dog"], height=64, width=96, generator=seeds, output_type="tokens",

@@ -7,7 +7,7 @@ import torch
 import transformers
 from tiny import tiny_model
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-from vlm import IMAGE, TEXT, request, tiny_vlm
+from vlm import IMAGE, SUPPORTED, TEXT, request, tiny_vlm
 from vlm_processors import tokenizer
 
 import mmspec
@@ -38,6 +38,7 @@ ROWS = [
 ]
 DRAFTERS = ["ngram", "jacobi", {"name": "early_exit", "num_layers": 1}]
 NUM_NEW = 18
+IN_BATCHES = [pytest.mark.supports(feature, SUPPORTED) for feature in ("batches", "images")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -54,7 +55,8 @@ def fixed(drafter, width=6, **options):
     return mmspec.speculate(drafter, width=width, schedule="fixed", **options)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.supports("greedy", SUPPORTED)
+@pytest.mark.parametrize("num_rows", [1, pytest.param(3, marks=IN_BATCHES)])
 def test_greedy_equals_generate(named, num_rows):
     name, model = named
     rows = ROWS[:num_rows]
@@ -98,6 +100,7 @@ def test_positions_belong_to_the_request():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.supports("sampled", SUPPORTED)
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
 def test_a_seed_gives_the_same_tokens_with_every_drafter_and_in_every_batch(name):
     model = tiny_vlm(name)
@@ -144,6 +147,7 @@ def test_first_layers_that_say_it_all_are_accepted_wholly(name):
     assert fast.stats.num_target_forwards == 1 + -(-NUM_NEW // 6)
 
 
+@pytest.mark.supports("model drafter", SUPPORTED)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_clone_that_sees_the_images_is_accepted_wholly(name):
     model = tiny_vlm(name)
@@ -154,6 +158,7 @@ def test_a_clone_that_sees_the_images_is_accepted_wholly(name):
     assert fast.stats.num_target_forwards == 1 + -(-NUM_NEW // 6)
 
 
+@pytest.mark.supports("text drafter", SUPPORTED["qwen2_vl"])
 def test_a_text_model_reads_the_text_only():
     model, text = tiny_vlm("qwen2_vl"), tiny_model("Llama", vocab_size=50)
     fed = []
@@ -204,6 +209,7 @@ def filled_cache(model, inputs, custom_generate=None):
     return cache, decoded(model, inputs, custom_generate, **cache)
 
 
+@pytest.mark.supports("cached turns", SUPPORTED)
 @pytest.mark.parametrize("name", ["llava", "smolvlm", "gemma3", "paligemma"])
 def test_a_turn_behind_a_reused_cache(name):
     model = tiny_vlm(name)

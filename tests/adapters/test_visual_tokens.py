@@ -65,8 +65,9 @@ def drafters(name, model):
     ]
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "num_rows"), [*((name, 3) for name in KINDS), ("llava", 1), ("qwen3_vl", 1)]
+)
 def test_greedy_equals_generate(name, num_rows):
     model = tiny_vlm(name)
     rows = ROWS[:num_rows]

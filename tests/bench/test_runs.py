@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from mmspec.assets import bundled_names
-from mmspec.bench import core, image, text
+from mmspec.bench import core, image, text, written
 from mmspec.bench.image_setups import load_image
 from mmspec.bench.measure import check_final_line
 from mmspec.bench.setups import load_text
@@ -73,12 +73,12 @@ def test_prompts_that_do_not_fill_a_batch_are_named(tmp_path):
     options = TEXT | {"batch": "2", "prompts": 3, "kinds": "chat", "temperature": "0"}
     line = text.run(**options, systems="generate", out=tmp_path)
     assert line["left_out"] == [
-        "float64 T=0 batch 2: chat prompts that do not fill a batch: chat-03"
+        "float64 T=0 batch 2: chat inputs that do not fill a batch: chat-03"
     ]
 
 
 def test_an_exact_output_that_differs_fails_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(text, "_num_equal", lambda rows, others: 0)
+    monkeypatch.setattr(written, "num_equal", lambda rows, others: 0)
     options = TEXT | {"batch": "1", "prompts": 1, "kinds": "chat", "temperature": "0"}
     with pytest.raises(typer.Exit) as stopped:
         text.run(**options, systems="generate,plain", out=tmp_path, json_only=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import save_janus
+from saved import JANUS, save_janus
 
 from mmspec.assets import bundled_path
 from mmspec.denoiser import FILE_NAME, Denoiser, NoiseSchedule
@@ -188,6 +188,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         Denoiser.load(tmp_path)
 
 
+@pytest.mark.supports("trained weights", JANUS)
 def test_the_bundled_model_denoises_and_stays_a_plain_janus():
     pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars-denoise")
     pipe.set_progress_bar_config(disable=True)

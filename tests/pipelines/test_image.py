@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from saved import JANUS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -73,6 +74,8 @@ def tokens(pipe, prompt=PROMPTS, **options) -> torch.Tensor:
     return pipe(prompt, **options).tokens
 
 
+@pytest.mark.supports("greedy", JANUS)
+@pytest.mark.supports("processor", JANUS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0, 5.0])
 def test_greedy_is_that_of_transformers(pipe, model, tokenizer, guidance):
     ours = tokens(pipe, guidance_scale=guidance, temperature=0.0, window=8)
@@ -90,6 +93,7 @@ def test_greedy_is_that_of_transformers(pipe, model, tokenizer, guidance):
         assert ours[row].tolist() == theirs[0].tolist()
 
 
+@pytest.mark.supports("sampled", JANUS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("window", [1, 2, 5, 8, 16, 64])
@@ -143,6 +147,7 @@ def test_images_that_are_complete_are_not_fed(pipe, model, guidance, decoder):
         assert torch.equal(batch[row], tokens(pipe, prompt, generator=seeds(row), **options)[0])
 
 
+@pytest.mark.supports("batches", JANUS)
 @pytest.mark.parametrize("decoder", sorted(set(DECODERS) - {DENOISE}))
 def test_row_of_a_batch_is_its_single_run(pipe, decoder):
     batch = tokens(pipe, decoder=decoder, window=8)

