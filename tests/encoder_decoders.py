@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from supported import Supported
 from vlm import squares
 
 import mmspec
@@ -205,3 +206,34 @@ def fixed(drafter, width=6, **options):
 
 def clone_of(model):
     return {"name": "model", "model": copy.deepcopy(model)}
+
+
+VISION_ENCODER_DECODER = Supported(
+    family="VisionEncoderDecoder (Donut, Nougat, ViT)",
+    class_name="VisionEncoderDecoderModel",
+    adapter="encoder_decoder",
+    pipeline="SpeculativeVLMPipeline",
+)
+SUPPORTED = {
+    "bart": Supported(
+        family="BART",
+        class_name="BartForConditionalGeneration",
+        adapter="encoder_decoder",
+        pipeline="speculate",
+    ),
+    "donut": VISION_ENCODER_DECODER,
+    "florence2": Supported(
+        family="Florence-2",
+        class_name="Florence2ForConditionalGeneration",
+        adapter="encoder_decoder",
+        pipeline="SpeculativeVLMPipeline",
+    ),
+    "mbart": Supported(
+        family="mBART",
+        class_name="MBartForConditionalGeneration",
+        adapter="encoder_decoder",
+        pipeline="speculate",
+    ),
+    "nougat": VISION_ENCODER_DECODER,
+    "vit": VISION_ENCODER_DECODER,
+}

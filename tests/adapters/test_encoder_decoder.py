@@ -12,6 +12,7 @@ from encoder_decoders import (
     NUM_NEW,
     PAD,
     START,
+    SUPPORTED,
     TEXT,
     TEXTS,
     VOCAB,
@@ -63,6 +64,8 @@ def uneven_ends(sequences):
     return max(spread, key=spread.get)
 
 
+@pytest.mark.supports("greedy", SUPPORTED)
+@pytest.mark.supports("batches", SUPPORTED)
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_greedy_equals_generate(named, num_rows):
     name, model = named
@@ -111,6 +114,7 @@ def test_both_kinds_of_attention(attention):
     assert torch.equal(decoded(model, inputs, fixed("ngram")), expected)
 
 
+@pytest.mark.supports("sampled", SUPPORTED)
 @pytest.mark.parametrize("name", ["bart", "donut", "florence2"])
 def test_a_seed_gives_the_same_tokens_with_every_drafter_and_in_every_batch(name):
     model = made(name)
@@ -238,6 +242,7 @@ def test_the_encoder_runs_once_and_its_keys_are_made_once(named):
     assert max(count for key, count in calls.items() if key.endswith("q_proj")) > 10
 
 
+@pytest.mark.supports("model drafter", SUPPORTED)
 def test_a_clone_is_accepted_wholly_and_runs_its_encoder_once(named):
     name, model = named
     drafter = clone_of(model)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_model
-from vlm import FAMILIES, request, tiny_vlm
+from vlm import FAMILIES, SUPPORTED, request, tiny_vlm
 
 import mmspec
 from mmspec.adapters.causal_lm import prompt_parts
@@ -40,6 +40,7 @@ def decoded(model, inputs, drafter=None, **options):
     return model.generate(**inputs, **options, custom_generate=fast)
 
 
+@pytest.mark.supports("parts", SUPPORTED)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_parts_give_the_tokens_of_the_whole(name):
     model = tiny_vlm(name)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vlm import FAMILIES, request, tiny_vlm
+from vlm import FAMILIES, SUPPORTED, request, tiny_vlm
 
 import mmspec
 
@@ -31,6 +31,7 @@ def fixed(drafter, **options):
     return mmspec.speculate(drafter, width=6, schedule="fixed", **options)
 
 
+@pytest.mark.supports("videos", SUPPORTED)
 @pytest.mark.parametrize("name", FILMED)
 def test_greedy_equals_generate(name):
     model = tiny_vlm(name)
@@ -58,6 +59,7 @@ def test_parts_of_a_video_are_read_one_after_the_other(name):
         )
 
 
+@pytest.mark.supports("sampled", SUPPORTED)
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
 def test_a_seed_gives_the_same_tokens_with_every_drafter_and_in_every_batch(name):
     model = tiny_vlm(name)
@@ -74,6 +76,7 @@ def test_a_seed_gives_the_same_tokens_with_every_drafter_and_in_every_batch(name
     assert torch.equal(sampled(ROWS[:1], [4], "jacobi"), expected[:1])
 
 
+@pytest.mark.supports("model drafter", SUPPORTED)
 @pytest.mark.parametrize("name", FILMED)
 def test_a_clone_that_sees_the_videos_is_accepted_wholly(name):
     model = tiny_vlm(name)

@@ -8,7 +8,7 @@ import transformers
 from PIL import Image
 from tiny import make_rows, tiny_model
 from transformers import DynamicCache
-from vlm import FAMILIES, IMAGE, PAD, TEXT, request, tiny_vlm
+from vlm import FAMILIES, IMAGE, PAD, SUPPORTED, TEXT, request, tiny_vlm
 from vlm_processors import PROCESSORS
 
 import mmspec
@@ -65,6 +65,7 @@ def drafters(name, model):
     ]
 
 
+@pytest.mark.supports("visual shares", SUPPORTED)
 @pytest.mark.parametrize(
     ("name", "num_rows"), [*((name, 3) for name in KINDS), ("llava", 1), ("qwen3_vl", 1)]
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from encoder_decoders import NUM_PLACEHOLDERS, SIDE, tiny_encoder_decoder
+from encoder_decoders import NUM_PLACEHOLDERS, SIDE, SUPPORTED, tiny_encoder_decoder
 from PIL import Image
 from vlm_processors import tokenizer
 
@@ -90,6 +90,7 @@ def generated(pipe, name):
     return rows
 
 
+@pytest.mark.supports("processor", SUPPORTED)
 # What transformers' own processors warn of.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", PROCESSORS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from vlm import NUM_TEXT, VOCAB, tiny_vlm
+from vlm import NUM_TEXT, SUPPORTED, VOCAB, tiny_vlm
 from vlm_processors import PROCESSORS
 
 from mmspec.adapters.image_features import FeatureCache
@@ -112,6 +112,7 @@ def make_fresh(pipe):
     return fresh
 
 
+@pytest.mark.supports("cached turns", SUPPORTED)
 @pytest.mark.parametrize("name", KEPT)
 def test_a_turn_reads_only_what_is_new(name):
     pipe = make_pipe(name)
@@ -152,6 +153,8 @@ def test_a_prompt_that_sees_itself_whole_is_read_again():
     assert [work.widths[0] for work in works] == [work.prompt_length for work in works]
 
 
+@pytest.mark.supports("sampled", SUPPORTED)
+@pytest.mark.supports("cached turns", SUPPORTED)
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
 def test_sampled_turns_are_those_of_sequential_decoding(name):
     pipe = make_pipe(name)
