@@ -20,7 +20,7 @@ from mmspec.assets.pages.scoring import edit_distance
 from .export import NOISY
 from .model import INSTRUCTIONS
 
-BATCH = 20
+BATCH = 50
 CHAT = [
     {
         "role": "user",

@@ -40,7 +40,7 @@ from .model import (
 
 POOL_BATCHES = 8  # pages of so many batches are sorted by length, which saves padding
 FIRST_ROWS = 2
-GROW_BELOW = 0.4  # nats per character
+FOUND_BELOW = 1.0  # nats per character, which no language model reaches
 WARMUP_STEPS = 100
 CHECKPOINT_EVERY_S = 120.0
 DEV_EVERY_S = 900.0
@@ -48,7 +48,7 @@ LOG_EVERY_STEPS = 20
 NUM_DEV_PAGES = 8
 
 NAMING_WEIGHT = 1.0
-SHORTEST_PAGE, SHORT_PAGE = 4, 8  # rows
+SHORT_PAGE = 8  # rows
 PER_TOKEN = 2  # characters
 
 Batch = tuple[Tensor, Tensor, int, Tensor]
@@ -130,6 +130,7 @@ class Trainer:
         self.args = args
         self.step, self.spent_s, self.average = 0, 0.0, 9.0
         self.first_reading: int | None = None
+        self.has_found = False
         self.checkpoint = args.work_dir / f"{args.size}.pt"
         self.log = args.work_dir / f"{args.size}.jsonl"
         torch.manual_seed(args.seed)
@@ -153,12 +154,13 @@ class Trainer:
         self.step, self.spent_s, self.average = state["step"], state["spent_s"], state["average"]
         self.pages = Pages(self.args.work_dir, self.args.batch_size, self.args.seed + self.step)
         self.pages.max_rows, self.first_reading = state["max_rows"], state["first_reading"]
+        self.has_found = state.get("has_found", state["max_rows"] > 2)
 
     def save(self) -> None:
         """Writes the checkpoint; an interrupted write leaves the old one."""
         state = {"model": self.model.state_dict(), "step": self.step, "spent_s": self.spent_s}
         state |= {"average": self.average, "max_rows": self.pages.max_rows}
-        state["first_reading"] = self.first_reading
+        state |= {"first_reading": self.first_reading, "has_found": self.has_found}
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
@@ -178,10 +180,10 @@ class Trainer:
         pictures, text, num_prompt, cells = batch
         loss = torch.zeros(())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            # While pages are short, letters are not what is to be learned, and blank rows cost
-            # time for nothing.
+            # Blank rows cost time for nothing; and until the text is found, letters are not what
+            # is to be learned.
             is_short = reads and self.pages.max_rows <= SHORT_PAGE
-            with torch.set_grad_enabled(not reads or self.pages.max_rows > SHORTEST_PAGE):
+            with torch.set_grad_enabled(not reads or self.has_found or not is_short):
                 seen = see(self.model, pictures)
                 naming = naming_loss(self.model.naming, seen, cells)
             if reads:
@@ -202,9 +204,10 @@ class Trainer:
     def grow(self, loss: float) -> None:
         """Makes pages longer once the reader copes with those it has."""
         self.average += 0.05 * (loss - self.average)
-        if self.average < GROW_BELOW and self.pages.max_rows < NUM_ROWS:
+        self.has_found |= self.average < FOUND_BELOW
+        if self.average < self.args.grow_below and self.pages.max_rows < NUM_ROWS:
             self.pages.max_rows = min(NUM_ROWS, 1 + self.pages.max_rows * 3 // 2)
-            self.average = 4 * GROW_BELOW
+            self.average = 4 * self.args.grow_below
 
     def write(self, **row: float) -> None:
         """Appends a line to the log."""
@@ -259,6 +262,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="pages")
     parser.add_argument("--minutes", type=float, default=90.0, help="training time, all runs")
     parser.add_argument("--naming-minutes", type=float, default=6.0, help="of these, tower alone")
+    parser.add_argument("--grow-below", type=float, default=0.4, help="nats per character")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=20)
