@@ -25,6 +25,8 @@ _BREAK = 0x20
 _SUBSTITUTE, _INSERT, _DELETE, _JUMP = 10, 8, 7, 45
 # Observations that a space between two words counts for before any was made.
 _USUAL_SPACE = 3.0
+# Weight below which what was written for a gap is forgotten.
+_FORGOTTEN = 0.01
 # Chance of a space behind punctuation that the reference has not.
 _DOUBT = 0.5
 _SPACE = re.compile(r"(\S*)(\s+)(.*)", re.DOTALL)
@@ -131,17 +133,16 @@ class Alignment:
                     self._advance(_BREAK)
                 self._gap += character
 
-    def continuations(self, num_characters: int, count: int = 2) -> list[Continuation]:
-        """What may follow, the likeliest first.
+    def continuations(self, *num_characters: int) -> list[Continuation]:
+        """What may follow, the likeliest first, each text another.
 
         Args:
-            num_characters: Length at which a text ends, up to a word.
-            count: Most texts.
+            num_characters: For each text that is wanted the length at which it ends, up to a word.
         """
         found: list[Continuation] = []
-        for place in self._places(count):
-            continuation = self._continuation(place, num_characters)
-            if continuation.text not in [one.text for one in found]:
+        for place, length in zip(self._places(len(num_characters)), num_characters, strict=False):
+            continuation = self._continuation(place, length)
+            if not any(one.text.startswith(continuation.text) for one in found):
                 found.append(continuation)
         return found
 
@@ -228,6 +229,8 @@ class Alignment:
             return (gap.removeprefix(begun) if gap.startswith(begun) else ""), 1.0
         before, space, after = parts.groups()
         seen = self._gaps.get(_kind(space)) or {space: 1.0}
+        if len(seen) == 1 and not begun:
+            return before + next(iter(seen)) + after, 1.0
         fitting = {
             before + written + after: weight
             for written, weight in seen.items()
@@ -257,8 +260,10 @@ class Alignment:
         kind = _kind(space)
         # One bold word says little of all others; how a line ends is soon known.
         seen = self._gaps.setdefault(kind, {space: _USUAL_SPACE} if kind == " " else {})
-        for written in seen:
-            seen[written] *= self.DECAY
+        for written, weight in list(seen.items()):
+            seen[written] = weight * self.DECAY
+            if weight < _FORGOTTEN:
+                del seen[written]
         written = gap[len(before) : len(gap) - len(after)]
         seen[written] = seen.get(written, 0.0) + 1.0
 

@@ -23,8 +23,8 @@ from mmspec.rows import TokenRows
 # Tokens of the row that are cut together with a draft, so that it is cut as in running text.
 _TAIL = 8
 # Characters that are cut for one token that is wanted; what is too much is dropped.
-_CHARACTERS_PER_TOKEN = 6
-# Places in the reference that are drafted from, and tokens of those that are not the likeliest.
+_CHARACTERS_PER_TOKEN = 5
+# Places in the reference that are drafted from, and tokens of the one that is not the likeliest.
 _PLACES = 2
 _TOKENS_OF_OTHERS = 8
 # Steps that a reference is trusted for beforehand, and the weight of older steps.
@@ -202,13 +202,13 @@ class _Follower:
         if trust < _DISTRUST:
             budget = min(budget, _TOKENS_OF_OTHERS)
         if budget:
+            limits = [budget, min(budget, _TOKENS_OF_OTHERS)][: self._num_places]
             following = self._alignment.continuations(
-                budget * _CHARACTERS_PER_TOKEN, self._num_places
+                *(limit * _CHARACTERS_PER_TOKEN for limit in limits)
             )
-            limits = [budget] + [min(budget, _TOKENS_OF_OTHERS)] * (len(following) - 1)
             chains = [
                 self._chain(one, tail, limit, trust * 0.5**rank)
-                for rank, (one, limit) in enumerate(zip(following, limits, strict=True))
+                for rank, (one, limit) in enumerate(zip(following, limits, strict=False))
             ]
             self._raw = merge(chains, budget)
         return self._calibration.calibrated(self._raw)
