@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from mmspec.pipelines.glm_image import accelerate
     from mmspec.pipelines.image import SpeculativeImagePipeline
     from mmspec.pipelines.text import SpeculativeTextPipeline
+    from mmspec.pipelines.video import SpeculativeVideoPipeline
     from mmspec.pipelines.vlm import SpeculativeVLMPipeline
 
 __all__ = [
     "SpeculativeImagePipeline",
     "SpeculativeTextPipeline",
     "SpeculativeVLMPipeline",
+    "SpeculativeVideoPipeline",
     "accelerate",
 ]
 
@@ -25,6 +27,7 @@ PIPELINES = {
     "SpeculativeImagePipeline": ".image:SpeculativeImagePipeline",
     "SpeculativeTextPipeline": ".text:SpeculativeTextPipeline",
     "SpeculativeVLMPipeline": ".vlm:SpeculativeVLMPipeline",
+    "SpeculativeVideoPipeline": ".video:SpeculativeVideoPipeline",
     "accelerate": ".glm_image:accelerate",
 }
 

@@ -23,7 +23,7 @@ def wan_vae(*, seed=0, **settings) -> AutoencoderKLWan:
     return AutoencoderKLWan(**config).eval()
 
 
-def far_pipe(seed, *, num_layers=1, vae=None, dtype=torch.float32, **settings):
+def far_pipe(seed, *, num_layers=1, vae=None, **settings):
     """A pipeline without a text encoder; older blocks are compressed from the third on."""
     torch.manual_seed(seed)
     config = {
@@ -32,7 +32,7 @@ def far_pipe(seed, *, num_layers=1, vae=None, dtype=torch.float32, **settings):
         "num_layers": num_layers, "rope_max_seq_len": 32, "chunk_partition": BLOCKS,
         "full_chunk_limit": 2,
     } | settings  # fmt: skip
-    transformer = AnyFlowFARTransformer3DModel(**config).to(dtype).eval()
+    transformer = AnyFlowFARTransformer3DModel(**config).eval()
     pipe = AnyFlowFARPipeline(
         tokenizer=None,
         text_encoder=None,

@@ -13,7 +13,7 @@ Shape suffixes as in `mmspec.block_records`.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -30,7 +30,6 @@ from mmspec.block_records import (
     BlockView,
     Judgement,
 )
-from mmspec.checks import require
 from mmspec.records import Guarantee, Outcome, Plan, StepRecord
 
 #: Pictures of the block before that a router may see.
@@ -69,11 +68,9 @@ class BlockModel(Protocol):
     """A transformer that denoises blocks.
 
     Attributes:
-        num_forwards: Denoising steps so far.
         num_prefills: How often it has read the committed latents into its cache.
     """
 
-    num_forwards: int
     num_prefills: int
 
     def denoise(
@@ -85,12 +82,22 @@ class BlockModel(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Sampler:
-    """A model and in how many steps it denoises a block."""
+    """A model and in how many steps it denoises a block.
 
-    model: BlockModel
-    num_steps: int
+    Attributes:
+        model: The model; two samplers may share one.
+        num_steps: Steps of a block.
+        num_forwards: Steps taken.
+        num_prefills: How often the model had to read the committed latents for them.
+    """
+
+    def __init__(self, model: BlockModel, num_steps: int) -> None:
+        """Keeps the two."""
+        self.model = model
+        self.num_steps = num_steps
+        self.num_forwards = 0
+        self.num_prefills = 0
 
     def run(
         self, context: Context, sample: Tensor, first: int = 0, last: int | None = None
@@ -99,9 +106,13 @@ class Sampler:
         last = self.num_steps if last is None else last
         if first == last:
             return sample
-        return self.model.denoise(
+        num_before = self.model.num_prefills
+        state = self.model.denoise(
             context, sample, num_steps=self.num_steps, first=first, last=last
         )
+        self.num_forwards += last - first
+        self.num_prefills += self.model.num_prefills - num_before
+        return state
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,9 +359,7 @@ class BlockDrafter:
             draft = self._sampler.run(row.context, state, begins_at) if is_wanted else None
             drafts.append(draft)
             seconds.append(time.perf_counter() - started)
-        return BlockProposal(
-            drafts=tuple(drafts), begun=tuple(begun), draft_time_s=tuple(seconds)
-        )
+        return BlockProposal(drafts=tuple(drafts), begun=tuple(begun), draft_time_s=tuple(seconds))
 
     def commit(
         self,

@@ -22,7 +22,6 @@ class FarModel:
     """`AnyFlowFARTransformer3DModel` and its flow-map scheduler.
 
     Attributes:
-        num_forwards: Denoising steps so far.
         num_prefills: How often it has read the committed latents.
     """
 
@@ -44,7 +43,6 @@ class FarModel:
         self._num_copies = 2 if guidance_scale > 1 else 1
         self._cache: dict[int, dict[str, Tensor]] | None = None
         self._cached: Context | None = None
-        self.num_forwards = 0
         self.num_prefills = 0
 
     def denoise(
@@ -77,7 +75,6 @@ class FarModel:
             kv_cache_flag={"num_cached_chunks": index, "is_cache_step": False},
             return_dict=False,
         )
-        self.num_forwards += 1
         if self._num_copies == 2:
             negative, velocity = velocity.chunk(2)
             velocity = negative + self._guidance_scale * (velocity - negative)
@@ -153,9 +150,6 @@ class FarModel:
 class FarFamily:
     """`diffusers.AnyFlowFARPipeline` as a family of block-wise video models."""
 
-    #: The published checkpoints have the guidance in their weights.
-    guidance_scale = 1.0
-    num_steps = 4
     can_stitch = True
 
     def __init__(self, pipe: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mmspec.adapters.block_video import BlockModel, Codec, Prompt
+from mmspec.adapters.block_video import BlockModel, Codec
 from mmspec.checks import is_integer, require
 
 #: Class of diffusers -> (module, class).
@@ -49,14 +49,10 @@ class VideoFamily(Protocol):
 
     Attributes:
         pipe: The pipeline.
-        guidance_scale: What is used where none is given.
-        num_steps: Denoising steps where no number is given.
         can_stitch: Whether another model may take over in the middle of a block.
     """
 
     pipe: Any
-    guidance_scale: float
-    num_steps: int
     can_stitch: bool
 
     def layout(
@@ -110,27 +106,11 @@ def check_pair(target: Any, drafter: Any) -> None:
         pairs.append((f"transformer.{name}", *(config[name] for config in configs)))
     if drafter.vae is not None:
         configs = (target.vae.config, drafter.vae.config)
-        pairs += [(f"vae.{key}", *(config.get(key) for config in configs)) for key in SHARED_SETTINGS]
+        pairs += [
+            (f"vae.{key}", *(config.get(key) for config in configs)) for key in SHARED_SETTINGS
+        ]
     for name, ours, theirs in pairs:
         require(ours == theirs, f"the drafter's {name}", f"the target's, {ours!r}", theirs)
-
-
-def encode_prompt(pipe: Any, text: str | None, negative_text: str | None, **given: Any) -> Prompt:
-    """One prompt by the pipeline's text encoder, alone, so that no batch rounds it otherwise.
-
-    Args:
-        pipe: A pipeline of diffusers.
-        text: The prompt; None where its embeddings are given.
-        negative_text: The negative prompt; None for no guidance.
-        given: Further arguments of the pipeline's `encode_prompt`.
-    """
-    embeds, negative_embeds = pipe.encode_prompt(
-        prompt=text,
-        negative_prompt=negative_text,
-        device=pipe._execution_device,
-        **given,
-    )
-    return Prompt(text=text, embeds=embeds, negative_embeds=negative_embeds)
 
 
 def sized(pipe: Any, num_frames: int, height: int, width: int) -> dict[str, int]:

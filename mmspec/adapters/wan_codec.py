@@ -33,13 +33,7 @@ class WanCodec:
         """As `Codec.decode`; the state is the list of what every layer remembers."""
         vae = self._vae
         is_first = state is None
-        if is_first:
-            # Makes a fresh list; the VAE's own is not used further.
-            vae.clear_cache()
-            memory = vae._feat_map
-            vae.clear_cache()
-        else:
-            memory = list(state)
+        memory = [None] * vae._cached_conv_counts["decoder"] if is_first else list(state)
         frames = vae.post_quant_conv(normalised(vae, latents))
         pictures = []
         for frame in frames.split(1, dim=2):
