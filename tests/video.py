@@ -8,6 +8,9 @@ from diffusers import (
     FlowMapEulerDiscreteScheduler,
 )
 
+from mmspec.block_records import Judgement
+from mmspec.records import Guarantee
+
 #: Blocks of the tiny videos in latent frames: 13 pictures, 1 + 8 + 4.
 BLOCKS = (1, 2, 1)
 NUM_FRAMES, SIDE = 13, 32
@@ -60,3 +63,73 @@ def plain(pipe, *, num_steps, seed=0, output_type="latent", **arguments):
         height=SIDE, width=SIDE, num_frames=NUM_FRAMES, num_inference_steps=num_steps,
         output_type=output_type, **arguments,
     ).frames  # fmt: skip
+
+
+@torch.no_grad()
+def eager(pipes, plan, *, num_steps, seed=0):
+    """A slow reference out of diffusers' own methods: both models read every block at once.
+
+    Args:
+        pipes: Name -> pipeline.
+        plan: For each block the names of the models that take its steps, in order.
+        num_steps: Steps of a block.
+        seed: Of the noise.
+    """
+    noise = torch.randn(1, 16, sum(BLOCKS), SIDE // 8, SIDE // 8, generator=seeded(seed))
+    noise = noise.permute(0, 2, 1, 3, 4)
+    output, caches = torch.zeros_like(noise), {}
+    for name, pipe in pipes.items():
+        pipe._guidance_scale, pipe._attention_kwargs = 1.0, None
+        caches[name] = ({}, {"num_cached_chunks": 0, "is_cache_step": False})
+        config = pipe.transformer.config
+        shape = (2, 1, config.num_attention_heads, 64, config.attention_head_dim)
+        for layer in range(config.num_layers):
+            kinds = ("full_cache", "compressed_cache")
+            caches[name][0][layer] = {kind: torch.zeros(shape) for kind in kinds}
+    for index, names in enumerate(plan):
+        start, stop = sum(BLOCKS[:index]), sum(BLOCKS[: index + 1])
+        state = noise[:, start:stop]
+        for step, name in enumerate(names):
+            state = _eager_step(pipes[name], caches[name], state, index, step, num_steps)
+        output[:, start:stop] = state
+        for name, pipe in pipes.items():
+            pipe.encode_kv_cache(
+                *caches[name], chunk_partition=BLOCKS[: index + 1], chunk_idx=index,
+                output=output, prompt_embeds=embeds(), negative_prompt_embeds=None,
+            )  # fmt: skip
+    return output.permute(0, 2, 1, 3, 4)
+
+
+def _eager_step(pipe, cache, state, index, step, num_steps):
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(num_steps)
+    frames = torch.ones(1, state.shape[1], dtype=torch.float64)
+    velocity, _ = pipe.transformer(
+        hidden_states=state, timestep=scheduler.timesteps[step] * frames,
+        r_timestep=scheduler.sigmas[step + 1] * 1000 * frames,
+        encoder_hidden_states=embeds(), chunk_partition=list(BLOCKS[: index + 1]),
+        kv_cache=cache[0], kv_cache_flag=dict(cache[1]), return_dict=False,
+    )  # fmt: skip
+    return scheduler.step(velocity, scheduler.timesteps[step], state, return_dict=False)[0]
+
+
+class Scripted:
+    """A router that does as it is told, by block; looks at nothing unless it is asked to."""
+
+    name = "scripted"
+    guarantee = Guarantee.LOSSY
+    needs_prompt = False
+
+    def __init__(self, keep, *, score=0.0, wants=None, look=False):
+        self.kept, self.score, self.look = keep, score, look
+        self.wants = wants or [True] * len(keep)
+        self.views = []
+
+    def wants_draft(self, place):
+        return self.wants[place.index]
+
+    def judge(self, block):
+        self.views.append(block)
+        if self.look:
+            block.frames()
+        return Judgement(score=self.score, keep=self.kept[block.place.index])
