@@ -81,7 +81,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         Raises:
             ValueError: If a model is of no known family, or the two do not fit together.
         """
-        kwargs = kwargs if dtype is None else kwargs | {"torch_dtype": dtype}
+        kwargs = kwargs if dtype is None else kwargs | {"dtype": dtype}
         target = DiffusionPipeline.from_pretrained(id_or_path, **kwargs)
         if drafter is None:
             return cls(target)
@@ -140,7 +140,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         """
         request = video_request(self._target, self._drafter, options)
         checked = check_prompts(self.target, prompt, options, request)
-        num_rows = checked.num_rows
+        num_rows = len(checked)
         check_noise(request, num_rows)
         layout, router, stitch = request.layout, request.router, request.stitch
         noise = self._target.noise(layout, num_rows, request.generator, request.latents)

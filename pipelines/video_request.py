@@ -99,25 +99,20 @@ _DEFAULTS: VideoOptions = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompts:
-    """Checked prompts, one per video, not encoded yet.
+class GivenPrompt:
+    """What a user gave for one video, checked and not encoded yet.
 
     Attributes:
-        texts: None with ``embeds``.
-        embeds: ``[B, tokens, channels]``; None with ``texts``.
-        negative_texts: None for a video that has none.
-        negative_embeds: ``[B, tokens, channels]`` or None.
+        text: None where ``embeds`` are given.
+        embeds: ``[1, tokens, channels]`` or None.
+        negative_text: None where there is none.
+        negative_embeds: ``[1, tokens, channels]`` or None.
     """
 
-    texts: list[str] | None
+    text: str | None
     embeds: Tensor | None
-    negative_texts: list[str | None]
+    negative_text: str | None
     negative_embeds: Tensor | None
-
-    @property
-    def num_rows(self) -> int:
-        """Videos."""
-        return len(self.negative_texts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +180,7 @@ def check_prompts(
     options: Mapping[str, Any],
     request: VideoRequest,
     num_rows: int | None = None,
-) -> Prompts:
+) -> list[GivenPrompt]:
     """Checks prompts; encodes nothing.
 
     Args:
@@ -195,39 +190,49 @@ def check_prompts(
         request: The rest of the call.
         num_rows: Videos, if there are some already; one text serves all of them.
 
+    Returns:
+        One for each video.
+
     Raises:
         ValueError: If not exactly one of prompt and embeddings is given, or something does not
             fit.
     """
-    embeds, negative_embeds = map(options.get, ("prompt_embeds", "negative_prompt_embeds"))
+    size, has_encoder = pipe.transformer.config.text_dim, pipe.text_encoder is not None
+    embeds, negative_embeds = (
+        _rows_of_embeds(name, options.get(name), size)
+        for name in ("prompt_embeds", "negative_prompt_embeds")
+    )
     which = {(True, True): "neither", (False, False): "both"}.get((prompt is None, embeds is None))
     require(which is None, "prompt or prompt_embeds", "given, one of them", which)
-    texts = None
+    texts: list[Any] = [None] * len(embeds or ())
     if prompt is not None:
         texts = as_list([prompt] * (num_rows or 1) if isinstance(prompt, str) else prompt)
         rule = "left out for prompt_embeds: the pipeline has no text encoder"
-        require(pipe.text_encoder is not None, "prompt", rule, prompt)
-    elif request.router.needs_prompt:
-        rule = f"given, for the router {request.router.name!r} reads it"
-        require(False, "prompt", rule, None)
-    count = len(embeds) if texts is None else len(texts)
-    rule = f"one per video, {num_rows}"
-    require(num_rows is None or count == num_rows, "the number of prompts", rule, count)
-    size = pipe.transformer.config.text_dim
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        _check_embeds(name, options.get(name), count, size)
+        require(has_encoder, "prompt", rule, prompt)
+    rule = f"given, for the router {request.router.name!r} reads it"
+    require(prompt is not None or not request.router.needs_prompt, "prompt", rule, prompt)
+    count = len(texts)
+    require(num_rows in (None, count), "the number of prompts", f"one per video, {num_rows}", count)
     negative = options.get("negative_prompt")
     rule = "left out where negative_prompt_embeds are given"
     require(negative is None or negative_embeds is None, "negative_prompt", rule, negative)
-    if request.is_guided and negative_embeds is None:
-        rule = "given with guidance: the pipeline has no text encoder"
-        require(pipe.text_encoder is not None, "negative_prompt_embeds", rule, None)
-    return Prompts(
-        texts=texts,
-        embeds=embeds,
-        negative_texts=_negative_texts(negative, count),
-        negative_embeds=negative_embeds,
+    rule = "given with guidance: the pipeline has no text encoder"
+    is_good = has_encoder or negative_embeds is not None or not request.is_guided
+    require(is_good, "negative_prompt_embeds", rule, None)
+    if negative_embeds is not None:
+        rule = f"one per video, {count}"
+        require(len(negative_embeds) == count, "negative_prompt_embeds", rule, len(negative_embeds))
+    nothing: list[Any] = [None] * count
+    columns = (
+        texts,
+        embeds or nothing,
+        _negative_texts(negative, count),
+        negative_embeds or nothing,
     )
+    return [
+        GivenPrompt(text=text, embeds=one, negative_text=negative, negative_embeds=other)
+        for text, one, negative, other in zip(*columns, strict=True)
+    ]
 
 
 def check_noise(request: VideoRequest, num_rows: int) -> None:
@@ -248,21 +253,22 @@ def check_noise(request: VideoRequest, num_rows: int) -> None:
 
 
 @torch.no_grad()
-def encode_prompts(pipe: Any, prompts: Prompts, request: VideoRequest) -> list[Prompt]:
+def encode_prompts(
+    pipe: Any, prompts: Sequence[GivenPrompt], request: VideoRequest
+) -> list[Prompt]:
     """Each prompt by the pipeline's text encoder, alone, so that no batch rounds it otherwise."""
     encoded = []
-    for row in range(prompts.num_rows):
-        text = None if prompts.texts is None else prompts.texts[row]
+    for prompt in prompts:
         embeds, negative_embeds = pipe.encode_prompt(
-            prompt=text,
-            negative_prompt=prompts.negative_texts[row],
+            prompt=prompt.text,
+            negative_prompt=prompt.negative_text,
             do_classifier_free_guidance=request.is_guided,
-            prompt_embeds=_row_of(prompts.embeds, row),
-            negative_prompt_embeds=_row_of(prompts.negative_embeds, row),
+            prompt_embeds=prompt.embeds,
+            negative_prompt_embeds=prompt.negative_embeds,
             max_sequence_length=request.max_sequence_length,
             device=pipe._execution_device,
         )
-        encoded.append(Prompt(text=text, embeds=embeds, negative_embeds=negative_embeds))
+        encoded.append(Prompt(text=prompt.text, embeds=embeds, negative_embeds=negative_embeds))
     return encoded
 
 
@@ -300,10 +306,10 @@ def _stitch(value: object, num_steps: int) -> Stitch | None:
     if isinstance(value, str):
         begins, _, text = value.partition(":")
         steps = int(text) if text.isdecimal() else None
-    is_good = begins in BEGINNERS and is_integer(steps) and 1 <= steps <= num_steps
+    if begins in BEGINNERS and is_integer(steps) and 1 <= steps <= num_steps:
+        return Stitch(steps, begins)
     rule = f"k, 'drafter:k' or 'target:k' with k from 1 to num_inference_steps, {num_steps}"
-    require(is_good, "stitch", rule, value)
-    return Stitch(steps, begins)
+    raise ValueError(f"stitch must be {rule}, got {value!r}")
 
 
 def _check_stitch(target: VideoFamily, drafter: VideoFamily, given: Mapping[str, Any]) -> None:
@@ -322,12 +328,14 @@ def _check_stitch(target: VideoFamily, drafter: VideoFamily, given: Mapping[str,
     require(ours == theirs, "the drafter's scheduler", f"the target's with stitch, {ours}", theirs)
 
 
-def _check_embeds(name: str, value: Any, num_rows: int, size: int) -> None:
+def _rows_of_embeds(name: str, value: Any, size: int) -> list[Tensor] | None:
+    """Embeddings by video, ``[1, tokens, channels]`` each."""
     if value is None:
-        return
+        return None
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    is_good = isinstance(value, Tensor) and value.ndim == 3 and value.shape[::2] == (num_rows, size)
-    require(is_good, name, f"of the shape ({num_rows}, tokens, {size})", got)
+    is_good = isinstance(value, Tensor) and value.ndim == 3 and value.shape[2] == size
+    require(is_good and len(value) > 0, name, f"of the shape (videos, tokens, {size})", got)
+    return list(value.split(1))
 
 
 def _negative_texts(negative: Any, num_rows: int) -> list[str | None]:
@@ -337,7 +345,3 @@ def _negative_texts(negative: Any, num_rows: int) -> list[str | None]:
     rule = f"None, a string, or a list of {num_rows} strings, one per video"
     require(is_good, "negative_prompt", rule, negative)
     return list(negative)
-
-
-def _row_of(tensor: Tensor | None, row: int) -> Tensor | None:
-    return None if tensor is None else tensor[row : row + 1]

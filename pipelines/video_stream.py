@@ -273,7 +273,7 @@ class VideoStream(Iterator[VideoBlock]):
         )
 
 
-def _joined(blocks: Sequence[Any], output_type: str) -> Any:
+def _joined(blocks: list[Any], output_type: str) -> Any:
     """Blocks behind each other."""
     if not blocks:
         return None

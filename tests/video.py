@@ -7,6 +7,8 @@ from diffusers import (
     AutoencoderKLWan,
     FlowMapEulerDiscreteScheduler,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from mmspec.block_records import Judgement
 from mmspec.records import Guarantee
@@ -133,3 +135,22 @@ class Scripted:
         if self.look:
             block.frames()
         return Judgement(score=self.score, keep=self.kept[block.place.index])
+
+
+def with_text(pipe):
+    """The same pipeline with a tiny text encoder and its tokenizer."""
+    words = ["a", "cat", "dog", "runs", "sleeps", "on", "the", "lawn"]
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(4)
+    config = UMT5Config(
+        vocab_size=16, d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+    )  # fmt: skip
+    pipe.register_modules(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
+        text_encoder=UMT5EncoderModel(config).eval(),
+    )
+    return pipe

@@ -349,17 +349,20 @@ class BlockDrafter:
         drafts, begun, seconds = [], [], []
         for row in self._rows:
             started = time.perf_counter()
+            state, num_taken = self._begin(row)
+            begun.append(state if num_taken else None)
             is_wanted = plan.width > 1 and self._router.wants_draft(row.place)
-            state, begins_at = row.noise, 0
-            is_shared = self._stitch is not None and row.index > 0
-            if is_shared and self._stitch.begins == "drafter":
-                begins_at = self._stitch.num_steps
-                state = self._sampler.run(row.context, state, 0, begins_at)
-            begun.append(state if begins_at else None)
-            draft = self._sampler.run(row.context, state, begins_at) if is_wanted else None
-            drafts.append(draft)
+            drafts.append(self._sampler.run(row.context, state, num_taken) if is_wanted else None)
             seconds.append(time.perf_counter() - started)
         return BlockProposal(drafts=tuple(drafts), begun=tuple(begun), draft_time_s=tuple(seconds))
+
+    def _begin(self, row: VideoRow) -> tuple[Tensor, int]:
+        """The state that drafter and target go on from, and the steps that it has behind it."""
+        stitch = self._stitch
+        if stitch is None or stitch.begins != "drafter" or row.index == 0:
+            return row.noise, 0
+        state = self._sampler.run(row.context, row.noise, 0, stitch.num_steps)
+        return state, stitch.num_steps
 
     def commit(
         self,

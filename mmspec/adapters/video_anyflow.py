@@ -142,8 +142,9 @@ class FarModel:
 
     def _embeds(self, context: Context) -> Tensor:
         prompt = context.prompt
-        has_both = self._num_copies == 2 and prompt.negative_embeds is not None
-        embeds = torch.cat([prompt.negative_embeds, prompt.embeds]) if has_both else prompt.embeds
+        embeds, negative_embeds = prompt.embeds, prompt.negative_embeds
+        if self._num_copies == 2 and negative_embeds is not None:
+            embeds = torch.cat([negative_embeds, embeds])
         return embeds.to(self._transformer.device, self._transformer.dtype)
 
 

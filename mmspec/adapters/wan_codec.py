@@ -35,7 +35,7 @@ class WanCodec:
         is_first = state is None
         memory = [None] * vae._cached_conv_counts["decoder"] if is_first else list(state)
         frames = vae.post_quant_conv(normalised(vae, latents))
-        pictures = []
+        pictures: list[Tensor] = []
         for frame in frames.split(1, dim=2):
             first = {"first_chunk": True} if is_first and not pictures else {}
             pictures.append(vae.decoder(frame, feat_cache=memory, feat_idx=[0], **first))
