@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmspec.adapters.block_video import BlockModel, Codec, Context
+from mmspec.adapters.block_frames import Codec
+from mmspec.adapters.block_video import BlockModel, Context
 from mmspec.adapters.video_family import VideoLayout, sized
 from mmspec.adapters.wan_codec import WanCodec
 from mmspec.checks import is_integer, is_list, require

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mmspec.adapters.block_video import BlockModel, Codec
+from mmspec.adapters.block_frames import Codec
+from mmspec.adapters.block_video import BlockModel
 from mmspec.checks import is_integer, require
 
 #: Class of diffusers -> (module, class).

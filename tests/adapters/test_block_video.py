@@ -16,9 +16,9 @@ from video import (
     wan_vae,
 )
 
+from mmspec.adapters.block_frames import BlockFrames
 from mmspec.adapters.block_video import (
     BlockDrafter,
-    BlockFrames,
     BlockRule,
     BlockSchedule,
     BlockTarget,
