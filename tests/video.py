@@ -6,6 +6,9 @@ from diffusers import (
     AnyFlowFARTransformer3DModel,
     AutoencoderKLWan,
     FlowMapEulerDiscreteScheduler,
+    HeliosPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -153,4 +156,20 @@ def with_text(pipe):
         ),
         text_encoder=UMT5EncoderModel(config).eval(),
     )
+    return pipe
+
+
+def helios_pipe(seed, *, num_layers=1):
+    """A pipeline without a text encoder, without a cache and with guidance."""
+    torch.manual_seed(seed)
+    transformer = HeliosTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=TEXT_DIM, freq_dim=64, ffn_dim=32, num_layers=num_layers, rope_dim=(4, 4, 4),
+    ).eval()  # fmt: skip
+    scheduler = HeliosScheduler(stages=1, use_dynamic_shifting=True)
+    pipe = HeliosPipeline(
+        tokenizer=None, text_encoder=None, vae=wan_vae(), scheduler=scheduler,
+        transformer=transformer,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
     return pipe

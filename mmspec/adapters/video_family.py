@@ -14,6 +14,7 @@ from mmspec.checks import is_integer, require
 #: Class of diffusers -> (module, class).
 FAMILIES = {
     "AnyFlowFARPipeline": ("mmspec.adapters.video_anyflow", "FarFamily"),
+    "HeliosPipeline": ("mmspec.adapters.video_helios", "HeliosFamily"),
 }
 
 #: What drafter and target must have in common to share latents: settings of the VAE.
