@@ -1,7 +1,7 @@
 """Which models are supported, and how that is known: the one table of it.
 
 `mmspec models` prints it. Every row names the test that covers it, and a test checks that the
-class exists in transformers and that the named test does.
+class exists in transformers or diffusers and that the named test does.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class SupportRow:
 
     Attributes:
         family: What people call it.
-        class_name: Class in transformers.
+        class_name: Class in transformers or diffusers.
         adapter: File under ``mmspec/adapters`` that serves it.
         pipeline: What to load it with; "speculate" where it runs inside `generate` only.
         tested: On which weights and how.
         test: Id of the test.
         guarantee: What the default rule promises: with "exact", the tokens of plain decoding with
-            the same seed. Rules of other guarantees are chosen by name.
+            the same seed. Rules of other guarantees are chosen by name, for videos the routers.
     """
 
     family: str
@@ -113,6 +113,23 @@ SUPPORT = (
         tested="tiny random weights against a plain loop over its decoder and head (greedy) and "
         "plain decoding (sampled); pixels need a supplied image_decoder",
         test=_CHAMELEON_TEST,
+    ),
+    SupportRow(
+        family="AnyFlow-FAR",
+        class_name="AnyFlowFARPipeline",
+        adapter="video_anyflow",
+        pipeline="SpeculativeVideoPipeline",
+        tested="tiny random weights against the pipeline of diffusers, to the bit",
+        test="tests/adapters/test_block_video.py::test_nothing_drafted_is_the_target_pipeline",
+    ),
+    SupportRow(
+        family="Helios",
+        class_name="HeliosPipeline",
+        adapter="video_helios",
+        pipeline="SpeculativeVideoPipeline",
+        tested="tiny random weights against the pipeline of diffusers, to the bit",
+        test="tests/adapters/test_video_helios.py::"
+        "test_target_and_drafter_alone_are_their_pipelines",
     ),
     _vision("LLaVA", "llava", "Llava"),
     _vision("LLaVA-OneVision", "llava_onevision", "LlavaOnevision"),
