@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from mmspec.adapters.block_frames import BlockFrames, Codec, pictures
@@ -110,7 +109,8 @@ class Sampler:
         )
         self.num_forwards += last - first
         self.num_prefills += self.model.num_prefills - num_before
-        return state
+        # Two models may be on two devices; what is shared stays where the noise is.
+        return state.to(sample.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +260,6 @@ class BlockDrafter:
     def prefill(self) -> None:
         """Does nothing: the model reads the committed latents when it drafts."""
 
-    @torch.no_grad()
     def propose(self, plan: Plan) -> BlockProposal:
         """Drafts, and begins the blocks that the target will take over."""
         drafts, begun, seconds = [], [], []
@@ -349,7 +348,6 @@ class BlockTarget:
     def prefill(self) -> None:
         """Does nothing: the model reads the committed latents when its block is needed."""
 
-    @torch.no_grad()
     def score(self, proposal: BlockProposal) -> BlockScores:
         """Asks the router about every draft. One that is not finite gets NaN."""
         judgements: list[Judgement | None] = []
@@ -365,7 +363,6 @@ class BlockTarget:
             return Judgement(score=float("nan"), keep=False)
         return self._router.judge(row.view(draft))
 
-    @torch.no_grad()
     def commit(self, proposal: BlockProposal, verdict: BlockVerdict) -> Outcome:
         """Lets the target write what is not kept; appends a block to every row."""
         index = self.rows[0].index

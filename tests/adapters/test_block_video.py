@@ -134,6 +134,9 @@ def test_stitched_blocks_take_the_steps_of_both(pipes, first, begins, is_drafted
     run = Run(pipes, router, stitch=Stitch(first, begins))
     assert torch.equal(run.latents(), eager(pipes, [T, mixed, mixed], num_steps=STEPS))
     assert run.sources() == ["target"] + [begins if first == STEPS else "stitched"] * 2
+    if not is_drafted:
+        counts = {"drafter": run.drafter.num_forwards, "target": run.target.num_forwards - STEPS}
+        assert counts == {begins: 2 * first, names[begins]: 2 * (STEPS - first)}
 
 
 def test_stitching_every_step_is_first_target_then_draft(pipes):
@@ -154,6 +157,7 @@ class BySeed(Scripted):
         return (place.seed + place.index) % 2 == 0
 
     def judge(self, block):
+        assert self.wants_draft(block.place)
         keep = (block.place.seed // 2 + block.place.index) % 2 == 0
         return Judgement(score=0.0, keep=keep)
 
@@ -237,8 +241,12 @@ class CountingCodec(WanCodec):
         return super().decode(latents, state)
 
 
-def test_blocks_decode_to_the_pictures_of_the_whole_whatever_was_dropped_between():
-    vae, latents = wan_vae(), torch.randn(1, 16, 6, 4, 4)
+PATCHED = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12}
+
+
+@pytest.mark.parametrize("settings", [{}, PATCHED], ids=["Wan 2.1", "Wan 2.2"])
+def test_blocks_decode_to_the_pictures_of_the_whole_whatever_was_dropped_between(settings):
+    vae, latents = wan_vae(**settings), torch.randn(1, 16, 6, 4, 4)
     codec = CountingCodec(vae)
     frames = BlockFrames(codec)
     taken = []

@@ -155,12 +155,14 @@ def test_pipelines_are_loaded_from_folders(pipe, tmp_path):
     pipe.target.save_pretrained(tmp_path / "target")
     with_text(far_pipe(2)).save_pretrained(tmp_path / "drafter")
     loaded = SpeculativeVideoPipeline.from_pretrained(
-        tmp_path / "target", drafter=tmp_path / "drafter", dtype=torch.float32
+        tmp_path / "target", drafter=tmp_path / "drafter", dtype=torch.bfloat16
     )
-    loaded.set_progress_bar_config(disable=True)
     assert loaded.drafter.text_encoder is None
-    options = {"router": "first-block", "stitch": None, "max_sequence_length": 8}
-    expected = call(pipe, "a cat", **options).frames
+    for one in (loaded, loaded.target):
+        one.set_progress_bar_config(disable=True)
+    options = {"max_sequence_length": 8, "output_type": "pt"}
+    expected = plain(loaded.target, num_steps=STEPS, prompt="a cat", prompt_embeds=None, **options)
+    assert expected.dtype == torch.bfloat16
     assert torch.equal(call(loaded, "a cat", **options).frames, expected)
 
 
