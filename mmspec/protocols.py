@@ -43,7 +43,9 @@ ScoresIn = TypeVar("ScoresIn", contravariant=True)
 ScoresOut = TypeVar("ScoresOut", covariant=True)
 VerdictIn = TypeVar("VerdictIn", contravariant=True)
 VerdictOut = TypeVar("VerdictOut", covariant=True)
-BlockT = TypeVar("BlockT", contravariant=True)
+PlaceIn = TypeVar("PlaceIn", contravariant=True)
+BlockIn = TypeVar("BlockIn", contravariant=True)
+JudgementOut = TypeVar("JudgementOut", covariant=True)
 
 
 class Target(Protocol[ProposalIn, ScoresOut, VerdictIn]):
@@ -111,10 +113,27 @@ class Schedule(Protocol):
         """Learns from a finished step."""
 
 
-class Router(Protocol[BlockT]):
-    """Judges a drafted block where no exact check exists: keep it or let the target redo it."""
+class Router(Protocol[PlaceIn, BlockIn, JudgementOut]):
+    """Judges a drafted block where no exact check exists: keep it or let the target write it.
 
-    name: str
+    Pure: the same block and the same history give the same judgement. The records of blocks of
+    video are in `mmspec.block_records`.
+    """
 
-    def keep(self, block: BlockT) -> bool:
-        """Returns True to keep the drafted block."""
+    @property
+    def name(self) -> str:
+        """As a user types it, its argument included."""
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """`exact` only if it keeps no draft at all."""
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether it reads the text of the prompt."""
+
+    def wants_draft(self, place: PlaceIn) -> bool:
+        """False where the target writes the block in any case: then nothing is drafted."""
+
+    def judge(self, block: BlockIn) -> JudgementOut:
+        """Scores a drafted block and decides."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmspec.pipelines.glm_image import accelerate
     from mmspec.pipelines.image import SpeculativeImagePipeline
     from mmspec.pipelines.text import SpeculativeTextPipeline
+    from mmspec.pipelines.video import SpeculativeVideoPipeline
     from mmspec.pipelines.vlm import SpeculativeVLMPipeline
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SpeculativeImagePipeline",
     "SpeculativeTextPipeline",
     "SpeculativeVLMPipeline",
+    "SpeculativeVideoPipeline",
     "accelerate",
 ]
 
@@ -28,6 +30,7 @@ PIPELINES = {
     "SpeculativeImagePipeline": ".image:SpeculativeImagePipeline",
     "SpeculativeTextPipeline": ".text:SpeculativeTextPipeline",
     "SpeculativeVLMPipeline": ".vlm:SpeculativeVLMPipeline",
+    "SpeculativeVideoPipeline": ".video:SpeculativeVideoPipeline",
     "accelerate": ".glm_image:accelerate",
 }
 

@@ -13,6 +13,7 @@ from mmspec.records import Outcome, StepRecord
 from mmspec.tree import BUCKETS
 
 StepEnd = Callable[[Any, int, dict[str, Any]], bool | None]
+Mover = Callable[[tqdm], Callable[[StepRecord], None]]
 
 
 class SpeculativePipeline:
@@ -58,6 +59,8 @@ class SpeculativePipeline:
         *,
         is_quiet: bool = False,
         more: Mapping[str, Any] | None = None,
+        unit: str = "tok",
+        mover: Mover | None = None,
     ) -> tuple[tqdm, Callable[[StepRecord, Outcome], bool]]:
         """A progress bar in units, and the engine callback that moves it.
 
@@ -66,12 +69,13 @@ class SpeculativePipeline:
             on_step_end: The user's callback.
             is_quiet: No bar.
             more: What the callback is told besides the step.
+            unit: Name of a unit on the bar.
+            mover: Makes of the bar what moves it; None is `token_mover`.
         """
         self._interrupt = False
-        config = {"unit": "tok", "leave": False} | self._progress_bar_config
+        config = {"unit": unit, "leave": False} | self._progress_bar_config
         bar = tqdm(total=total, **(config | {"disable": True} if is_quiet else config))
-
-        move = mover(bar)
+        move = (mover or token_mover)(bar)
 
         def after_step(record: StepRecord, outcome: Outcome) -> bool:
             move(record)
@@ -84,7 +88,7 @@ class SpeculativePipeline:
         return bar, after_step
 
 
-def mover(bar: tqdm) -> Callable[[StepRecord], None]:
+def token_mover(bar: tqdm) -> Callable[[StepRecord], None]:
     """What moves a bar of units, a step at a time, and writes tau and the forwards beside it."""
     num_row_steps = 0
 

@@ -21,7 +21,7 @@ from mmspec.checks import is_list, require, require_generator, require_known
 from mmspec.forward import text_device
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
-from mmspec.pipelines.base import check_positive, check_window, mover
+from mmspec.pipelines.base import check_positive, check_window, token_mover
 from mmspec.pipelines.image_decoders import DECODERS, DENOISE, check_lenience, image_engine
 from mmspec.records import Stats
 from mmspec.sampling import build_law
@@ -235,7 +235,7 @@ class AcceleratedGlmImage:
             compile=settings.compile,
         )
         with self.pipe.progress_bar(total=rows.num_rows * layout.num_tokens) as bar:
-            move = mover(bar)
+            move = token_mover(bar)
             result = engine.run(lambda record, _: move(record))
         self.stats, self.row_stats = result.stats, result.row_stats
         return torch.cat([ids, torch.tensor(result.units, device=ids.device)], dim=1)

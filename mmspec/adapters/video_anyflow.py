@@ -1,0 +1,207 @@
+"""AnyFlow-FAR: causal video in blocks with a key/value cache (diffusers' `AnyFlowFARPipeline`).
+
+A flow map takes any interval of the noise in one step (Gu et al. 2026, arXiv:2605.13724), so the
+same weights draft in fewer steps. Committed blocks are read in one forward, which writes the cache
+anew; the last ones in full, older ones through larger patches (FAR, arXiv:2503.19325). That
+forward depends on nothing but the committed latents and the prompt: it may come late.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmspec.adapters.block_frames import Codec
+from mmspec.adapters.block_video import BlockModel, Context
+from mmspec.adapters.video_family import VideoLayout, sized
+from mmspec.adapters.wan_codec import WanCodec
+from mmspec.checks import is_integer, is_list, require
+
+
+class FarModel:
+    """`AnyFlowFARTransformer3DModel` and its flow-map scheduler.
+
+    Attributes:
+        num_prefills: How often it has read the committed latents.
+    """
+
+    def __init__(
+        self, transformer: Any, scheduler: Any, layout: VideoLayout, guidance_scale: float
+    ) -> None:
+        """Runs nothing, and holds no memory before the first block.
+
+        Args:
+            transformer: The model.
+            scheduler: The pipeline's; a copy is used.
+            layout: Of the video.
+            guidance_scale: Of classifier-free guidance; at most 1 is none.
+        """
+        self._transformer = transformer
+        self._scheduler = type(scheduler).from_config(scheduler.config)
+        self._layout = layout
+        self._guidance_scale = guidance_scale
+        self._num_copies = 2 if guidance_scale > 1 else 1
+        self._cache: dict[int, dict[str, Tensor]] | None = None
+        self._cached: Context | None = None
+        self.num_prefills = 0
+
+    def denoise(
+        self, context: Context, sample: Tensor, *, num_steps: int, first: int, last: int
+    ) -> Tensor:
+        """As `BlockModel.denoise`; the context is read when it is another than last time."""
+        if self._cache is None:
+            self._cache = self._empty_cache()
+        if context.blocks and self._cached is not context:
+            self._read(context)
+        self._scheduler.set_timesteps(num_steps, device=self._transformer.device)
+        state_BFCHW = self._frames_first(sample)
+        for step in range(first, last):
+            state_BFCHW = self._step(context, state_BFCHW, step)
+        return state_BFCHW.permute(0, 2, 1, 3, 4)
+
+    def _step(self, context: Context, state_BFCHW: Tensor, step: int) -> Tensor:
+        """One Euler step with the mean velocity between two times."""
+        scheduler, num_frames = self._scheduler, state_BFCHW.shape[1]
+        time = scheduler.timesteps[step]
+        end = scheduler.sigmas[step + 1] * scheduler.config.num_train_timesteps
+        index = len(context.blocks)
+        velocity, _ = self._transformer(
+            hidden_states=self._copied(state_BFCHW),
+            timestep=time.expand(self._num_copies, num_frames),
+            r_timestep=end.expand(self._num_copies, num_frames),
+            encoder_hidden_states=self._embeds(context),
+            chunk_partition=list(self._layout.block_sizes[: index + 1]),
+            kv_cache=self._cache,
+            kv_cache_flag={"num_cached_chunks": index, "is_cache_step": False},
+            return_dict=False,
+        )
+        if self._num_copies == 2:
+            negative, velocity = velocity.chunk(2)
+            velocity = negative + self._guidance_scale * (velocity - negative)
+        return scheduler.step(velocity, time, state_BFCHW, return_dict=False)[0]
+
+    def _read(self, context: Context) -> None:
+        """Writes the keys and values of every committed block."""
+        latents_BFCHW = self._copied(self._frames_first(torch.cat(context.blocks, dim=2)))
+        index = len(context.blocks)
+        sizes = list(self._layout.block_sizes[:index])
+        height, width = latents_BFCHW.shape[-2:]
+        mask = self._transformer.build_attention_mask(
+            chunk_partition=sizes,
+            height=height,
+            width=width,
+            device=latents_BFCHW.device,
+            mode="cache",
+        )
+        clean = torch.zeros(latents_BFCHW.shape[:2], dtype=torch.int64, device=latents_BFCHW.device)
+        self._transformer(
+            hidden_states=latents_BFCHW,
+            chunk_partition=sizes,
+            timestep=clean,
+            r_timestep=clean,
+            encoder_hidden_states=self._embeds(context),
+            attention_mask=mask,
+            kv_cache=self._cache,
+            kv_cache_flag={"num_cached_chunks": index - 1, "is_cache_step": True},
+            return_dict=False,
+        )
+        self._cached = context
+        self.num_prefills += 1
+
+    def _empty_cache(self) -> dict[int, dict[str, Tensor]]:
+        """Room for the full blocks and for the ones that are compressed."""
+        config, layout = self._transformer.config, self._layout
+        largest, num_blocks = max(layout.block_sizes), len(layout.block_sizes)
+        num_full = config.full_chunk_limit * largest
+        num_compressed = max(num_blocks - config.full_chunk_limit + 1, 0) * largest
+
+        def room(num_frames: int, patch: Sequence[int]) -> Tensor:
+            num_tokens = num_frames * (layout.height // patch[1]) * (layout.width // patch[2])
+            heads, size = config.num_attention_heads, config.attention_head_dim
+            return torch.zeros(
+                (2, self._num_copies, heads, num_tokens, size),
+                device=self._transformer.device,
+                dtype=self._transformer.dtype,
+            )
+
+        return {
+            layer: {
+                "full_cache": room(num_full, config.patch_size),
+                "compressed_cache": room(num_compressed, config.compressed_patch_size),
+            }
+            for layer in range(config.num_layers)
+        }
+
+    def _frames_first(self, latents_BCFHW: Tensor) -> Tensor:
+        model = self._transformer
+        return latents_BCFHW.to(model.device, model.dtype).permute(0, 2, 1, 3, 4)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """Twice, for the negative prompt and the prompt, where there is guidance."""
+        return torch.cat([tensor] * 2) if self._num_copies == 2 else tensor
+
+    def _embeds(self, context: Context) -> Tensor:
+        prompt = context.prompt
+        embeds, negative_embeds = prompt.embeds, prompt.negative_embeds
+        if self._num_copies == 2 and negative_embeds is not None:
+            embeds = torch.cat([negative_embeds, embeds])
+        return embeds.to(self._transformer.device, self._transformer.dtype)
+
+
+class FarFamily:
+    """`diffusers.AnyFlowFARPipeline` as a family of block-wise video models."""
+
+    can_stitch = True
+
+    def __init__(self, pipe: Any) -> None:
+        """Keeps the pipeline."""
+        self.pipe = pipe
+
+    def layout(
+        self, num_frames: int, height: int, width: int, block_sizes: Sequence[int] | None
+    ) -> VideoLayout:
+        """Blocks as the model was trained with them, or as they are given.
+
+        Raises:
+            ValueError: If the frames do not fill the blocks, or a side does not fit.
+        """
+        sides = sized(self.pipe, num_frames, height, width)
+        stride = self.pipe.vae_scale_factor_temporal
+        is_good = num_frames % stride == 1
+        require(is_good, "num_frames", f"a multiple of {stride} and one more", num_frames)
+        sizes = self.pipe.transformer.config.chunk_partition if block_sizes is None else block_sizes
+        is_good = is_list(sizes, lambda size: is_integer(size) and size >= 1) and len(sizes) > 0
+        require(is_good, "block_sizes", "a list of latent frames per block, each >= 1", sizes)
+        num_latents = (num_frames - 1) // stride + 1
+        rule = (
+            f"latent frames per block with the sum {num_latents}, for num_frames={num_frames} "
+            f"makes {num_latents} latent frames"
+        )
+        require(sum(sizes) == num_latents, "block_sizes", rule, list(sizes))
+        return VideoLayout(num_frames=num_frames, block_sizes=tuple(sizes), **sides)
+
+    def noise(
+        self, layout: VideoLayout, num_rows: int, generator: Any, latents: Tensor | None
+    ) -> Tensor:
+        """Drawn once for whole videos, as the pipeline does."""
+        scale = self.pipe.vae_scale_factor_spatial
+        return self.pipe.prepare_latents(
+            num_rows,
+            layout.channels,
+            layout.height * scale,
+            layout.width * scale,
+            layout.num_frames,
+            torch.float32,
+            self.pipe._execution_device,
+            generator,
+            latents,
+        )
+
+    def model(self, layout: VideoLayout, guidance_scale: float) -> BlockModel:
+        """The transformer on a cache of its own."""
+        return FarModel(self.pipe.transformer, self.pipe.scheduler, layout, guidance_scale)
+
+    def codec(self) -> Codec:
+        """The VAE, whose causal convolutions remember the blocks before."""
+        return WanCodec(self.pipe.vae)

@@ -1,0 +1,347 @@
+"""What a video call asks for: its options, checked before anything runs."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from mmspec.adapters.block_video import Prompt, Stitch
+from mmspec.adapters.video_family import VideoFamily, VideoLayout
+from mmspec.block_records import BlockRouter
+from mmspec.checks import is_integer, is_list, require, require_generator, require_known
+from mmspec.pipelines.base import (
+    StepEnd,
+    as_list,
+    check_callback,
+    check_guidance,
+    check_positive,
+)
+from mmspec.records import Guarantee
+from mmspec.routers import build_router
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+#: Who may take the first steps of a stitched block.
+BEGINNERS = ("drafter", "target")
+
+
+class VideoOptions(TypedDict, total=False):
+    """Arguments of a call besides the prompt; what is left out is as in the target's pipeline.
+
+    Attributes:
+        negative_prompt: What guidance steers away from: one text, or one per prompt.
+        num_frames: Pictures of the video.
+        height: Pixels.
+        width: Pixels.
+        num_inference_steps: Denoising steps of the target per block.
+        drafter_steps: Those of the drafter; without it the same. Needed where the target drafts
+            for itself in fewer steps.
+        guidance_scale: Classifier-free guidance of the target; at most 1 is none.
+        drafter_guidance_scale: That of the drafter; without it the same.
+        router: A name with its argument ("first-block", "every:3"), or a router. "never", which
+            needs no drafter, is the target's pipeline to the bit, and the default; all others are
+            `lossy`.
+        stitch: Shares the steps of the blocks that the target writes, the first block excepted.
+            k, or "drafter:k", leaves the first k steps to the drafter; "target:k" has the target
+            take the first k and the drafter the rest.
+        block_sizes: Latent frames of each block (the ``chunk_partition`` of diffusers).
+        generator: One for all videos, or one for each. Video k of a list is the video that a
+            single call with that generator makes.
+        latents: Noise ``[B, C, F, H, W]`` instead of drawing it.
+        prompt_embeds: Instead of a prompt, ``[B, tokens, channels]``.
+        negative_prompt_embeds: Instead of a negative prompt.
+        max_sequence_length: Tokens of a prompt at most.
+        output_type: "pil", "np", "pt" or "latent".
+        callback_on_step_end: Called as ``f(pipeline, step_index, details)`` behind each block;
+            returning True interrupts. ``details["stream"]`` is the `VideoStream`.
+    """
+
+    negative_prompt: str | Sequence[str] | None
+    num_frames: int
+    height: int
+    width: int
+    num_inference_steps: int
+    drafter_steps: int
+    guidance_scale: float
+    drafter_guidance_scale: float
+    router: str | BlockRouter
+    stitch: int | str | None
+    block_sizes: Sequence[int] | None
+    generator: torch.Generator | Sequence[torch.Generator] | None
+    latents: Tensor | None
+    prompt_embeds: Tensor | None
+    negative_prompt_embeds: Tensor | None
+    max_sequence_length: int
+    output_type: str
+    callback_on_step_end: StepEnd | None
+
+
+#: Options whose default is the target pipeline's own.
+_AS_IN_DIFFUSERS = (
+    "num_frames",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "max_sequence_length",
+)
+_DEFAULTS: VideoOptions = {
+    "router": "never",
+    "stitch": None,
+    "block_sizes": None,
+    "generator": None,
+    "latents": None,
+    "output_type": "pil",
+    "callback_on_step_end": None,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenPrompt:
+    """What a user gave for one video, checked and not encoded yet.
+
+    Attributes:
+        text: None where ``embeds`` are given.
+        embeds: ``[1, tokens, channels]`` or None.
+        negative_text: None where there is none.
+        negative_embeds: ``[1, tokens, channels]`` or None.
+    """
+
+    text: str | None
+    embeds: Tensor | None
+    negative_text: str | None
+    negative_embeds: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoRequest:
+    """A call whose arguments but the prompt are checked; names as in `VideoOptions`.
+
+    Attributes:
+        guarantee: What router and stitching promise.
+    """
+
+    layout: VideoLayout
+    router: BlockRouter
+    stitch: Stitch | None
+    guarantee: Guarantee
+    num_inference_steps: int
+    drafter_steps: int
+    guidance_scale: float
+    drafter_guidance_scale: float
+    generator: Any
+    latents: Tensor | None
+    max_sequence_length: int
+    output_type: str
+    callback_on_step_end: StepEnd | None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a model looks at negative prompts."""
+        return max(self.guidance_scale, self.drafter_guidance_scale) > 1
+
+
+def video_request(
+    target: VideoFamily, drafter: VideoFamily, options: Mapping[str, Any]
+) -> VideoRequest:
+    """Checks a call and fills in its defaults; runs nothing.
+
+    Raises:
+        ValueError: With the rule and the value of the first argument that is out of its range.
+    """
+    for name in options:
+        require_known("option", name, VideoOptions.__annotations__)
+    given = {**_DEFAULTS, **_defaults_of(target.pipe), **options}
+    for name in ("num_inference_steps", "max_sequence_length"):
+        check_positive(name, given[name])
+    check_callback(given["callback_on_step_end"])
+    require_known("output_type", given["output_type"], OUTPUT_TYPES)
+    router = build_router(given["router"])
+    stitch = _stitch(given["stitch"], given["num_inference_steps"])
+    is_exact = router.guarantee == Guarantee.EXACT and stitch is None
+    given |= _of_drafter(given, is_alone=drafter is target, is_exact=is_exact)
+    if stitch is not None:
+        _check_stitch(target, drafter, given)
+    names = ("num_frames", "height", "width", "block_sizes")
+    given |= {
+        "layout": target.layout(*(given[name] for name in names)),
+        "router": router,
+        "stitch": stitch,
+        "guarantee": Guarantee.EXACT if is_exact else Guarantee.LOSSY,
+    }
+    return VideoRequest(**{name: given[name] for name in VideoRequest.__slots__})
+
+
+def check_prompts(
+    pipe: Any,
+    prompt: str | Sequence[str] | None,
+    options: Mapping[str, Any],
+    request: VideoRequest,
+    num_rows: int | None = None,
+) -> list[GivenPrompt]:
+    """Checks prompts; encodes nothing.
+
+    Args:
+        pipe: A pipeline of diffusers.
+        prompt: One or several, or None.
+        options: Those of a call; of them the embeddings and what is negative.
+        request: The rest of the call.
+        num_rows: Videos, if there are some already; one text serves all of them.
+
+    Returns:
+        One for each video.
+
+    Raises:
+        ValueError: If not exactly one of prompt and embeddings is given, or something does not
+            fit.
+    """
+    size, has_encoder = pipe.transformer.config.text_dim, pipe.text_encoder is not None
+    embeds, negative_embeds = (
+        _rows_of_embeds(name, options.get(name), size)
+        for name in ("prompt_embeds", "negative_prompt_embeds")
+    )
+    which = {(True, True): "neither", (False, False): "both"}.get((prompt is None, embeds is None))
+    require(which is None, "prompt or prompt_embeds", "given, one of them", which)
+    texts: list[Any] = [None] * len(embeds or ())
+    if prompt is not None:
+        texts = as_list([prompt] * (num_rows or 1) if isinstance(prompt, str) else prompt)
+        rule = "left out for prompt_embeds: the pipeline has no text encoder"
+        require(has_encoder, "prompt", rule, prompt)
+    rule = f"given, for the router {request.router.name!r} reads it"
+    require(prompt is not None or not request.router.needs_prompt, "prompt", rule, prompt)
+    count = len(texts)
+    require(num_rows in (None, count), "the number of prompts", f"one per video, {num_rows}", count)
+    negative = options.get("negative_prompt")
+    rule = "left out where negative_prompt_embeds are given"
+    require(negative is None or negative_embeds is None, "negative_prompt", rule, negative)
+    rule = "given with guidance: the pipeline has no text encoder"
+    is_good = has_encoder or negative_embeds is not None or not request.is_guided
+    require(is_good, "negative_prompt_embeds", rule, None)
+    if negative_embeds is not None:
+        rule = f"one per video, {count}"
+        require(len(negative_embeds) == count, "negative_prompt_embeds", rule, len(negative_embeds))
+    nothing: list[Any] = [None] * count
+    columns = (
+        texts,
+        embeds or nothing,
+        _negative_texts(negative, count),
+        negative_embeds or nothing,
+    )
+    return [
+        GivenPrompt(text=text, embeds=one, negative_text=negative, negative_embeds=other)
+        for text, one, negative, other in zip(*columns, strict=True)
+    ]
+
+
+def check_noise(request: VideoRequest, num_rows: int) -> None:
+    """Refuses generators or noise that are not there for every video.
+
+    Raises:
+        ValueError: With the number or the shape.
+    """
+    layout = request.layout
+    generator, latents = request.generator, request.latents
+    require_generator(generator)
+    is_good = not isinstance(generator, Sequence) or len(generator) == num_rows
+    require(is_good, "generator", f"one, or one per video, {num_rows}", generator)
+    if latents is not None:
+        sizes = (layout.channels, sum(layout.block_sizes), layout.height, layout.width)
+        got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        require(got == (num_rows, *sizes), "latents", f"of the shape {(num_rows, *sizes)}", got)
+
+
+@torch.no_grad()
+def encode_prompts(
+    pipe: Any, prompts: Sequence[GivenPrompt], request: VideoRequest
+) -> list[Prompt]:
+    """Each prompt by the pipeline's text encoder, alone, so that no batch rounds it otherwise."""
+    encoded = []
+    for prompt in prompts:
+        embeds, negative_embeds = pipe.encode_prompt(
+            prompt=prompt.text,
+            negative_prompt=prompt.negative_text,
+            do_classifier_free_guidance=request.is_guided,
+            prompt_embeds=prompt.embeds,
+            negative_prompt_embeds=prompt.negative_embeds,
+            max_sequence_length=request.max_sequence_length,
+            device=pipe._execution_device,
+        )
+        encoded.append(Prompt(text=prompt.text, embeds=embeds, negative_embeds=negative_embeds))
+    return encoded
+
+
+def _defaults_of(pipe: Any) -> dict[str, Any]:
+    """What a call of diffusers takes where nothing is given."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    return {name: parameters[name].default for name in _AS_IN_DIFFUSERS}
+
+
+def _of_drafter(given: Mapping[str, Any], *, is_alone: bool, is_exact: bool) -> dict[str, Any]:
+    """Steps and guidance of the drafter, checked; the target's where none are given."""
+    if is_alone and not is_exact and "drafter_steps" not in given:
+        rule = "given where the target drafts for itself, in fewer steps than num_inference_steps"
+        require(False, "drafter_steps", rule, None)
+    steps = given.get("drafter_steps", given["num_inference_steps"])
+    check_positive("drafter_steps", steps)
+    guidance_scale = given["guidance_scale"]
+    check_guidance(guidance_scale)
+    check_guidance(given.get("drafter_guidance_scale", guidance_scale))
+    return {
+        "drafter_steps": steps,
+        "drafter_guidance_scale": given.get("drafter_guidance_scale", guidance_scale),
+    }
+
+
+def _stitch(value: object, num_steps: int) -> Stitch | None:
+    """Reads ``stitch``.
+
+    Raises:
+        ValueError: If it is neither a number of steps nor a beginner and a number.
+    """
+    if value is None:
+        return None
+    begins, steps = "drafter", value
+    if isinstance(value, str):
+        begins, _, text = value.partition(":")
+        steps = int(text) if text.isdecimal() else None
+    if begins in BEGINNERS and is_integer(steps) and 1 <= steps <= num_steps:
+        return Stitch(steps, begins)
+    rule = f"k, 'drafter:k' or 'target:k' with k from 1 to num_inference_steps, {num_steps}"
+    raise ValueError(f"stitch must be {rule}, got {value!r}")
+
+
+def _check_stitch(target: VideoFamily, drafter: VideoFamily, given: Mapping[str, Any]) -> None:
+    """Refuses to hand a block over where the two do not meet at the same noise.
+
+    Raises:
+        ValueError: With what differs.
+    """
+    kind = type(target.pipe).__name__
+    rule = f"None for {kind}, whose sampler remembers earlier steps of a block"
+    require(target.can_stitch, "stitch", rule, given["stitch"])
+    steps = given["num_inference_steps"]
+    rule = f"num_inference_steps, {steps}, with stitch"
+    require(given["drafter_steps"] == steps, "drafter_steps", rule, given["drafter_steps"])
+    ours, theirs = (dict(family.pipe.scheduler.config) for family in (target, drafter))
+    require(ours == theirs, "the drafter's scheduler", f"the target's with stitch, {ours}", theirs)
+
+
+def _rows_of_embeds(name: str, value: Any, size: int) -> list[Tensor] | None:
+    """Embeddings by video, ``[1, tokens, channels]`` each."""
+    if value is None:
+        return None
+    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    is_good = isinstance(value, Tensor) and value.ndim == 3 and value.shape[2] == size
+    require(is_good and len(value) > 0, name, f"of the shape (videos, tokens, {size})", got)
+    return list(value.split(1))
+
+
+def _negative_texts(negative: Any, num_rows: int) -> list[str | None]:
+    if negative is None or isinstance(negative, str):
+        return [negative] * num_rows
+    is_good = is_list(negative, lambda text: isinstance(text, str)) and len(negative) == num_rows
+    rule = f"None, a string, or a list of {num_rows} strings, one per video"
+    require(is_good, "negative_prompt", rule, negative)
+    return list(negative)

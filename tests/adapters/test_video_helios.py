@@ -1,0 +1,79 @@
+"""Helios: chunks with their past as an input, to the bit what diffusers' pipeline makes."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from video import HELIOS, SIDE, Scripted, embeds, helios_pipe, seeded
+
+from mmspec.pipelines import SpeculativeVideoPipeline
+
+# Its scheduler asks numpy for a range between two tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
+
+#: Three blocks of 2 latent frames, 5 pictures each; the last two pictures are cut off.
+SIZES = [2, 2, 2]
+CALL = {"height": SIDE, "width": SIDE, "num_frames": 15, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return helios_pipe(1, num_layers=2), helios_pipe(2)
+
+
+def made(target, drafter, **options):
+    pipe = SpeculativeVideoPipeline.from_model(target, drafter=drafter)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"block_sizes": SIZES, "output_type": "latent", "generator": seeded()} | options
+    given = {"prompt_embeds": embeds(), "negative_prompt_embeds": embeds(4)}
+    return pipe(**(CALL | given | options))
+
+
+def plain(pipe, output_type="latent", **options):
+    given = {"prompt_embeds": embeds(), "negative_prompt_embeds": embeds(4)}
+    return pipe(
+        num_latent_frames_per_chunk=2, output_type=output_type, generator=seeded(),
+        **(CALL | given | options),
+    ).frames  # fmt: skip
+
+
+@pytest.mark.supports("target pipeline", HELIOS)
+@pytest.mark.parametrize("output_type", ["latent", "np"])
+def test_target_and_drafter_alone_are_their_pipelines(pipes, output_type):
+    for router, pipe in zip(("never", "always"), pipes, strict=True):
+        out = made(*pipes, router=router, output_type=output_type)
+        assert np.array_equal(np.asarray(out.frames), plain(pipe, output_type))
+        assert out.stats.num_target_prefills + out.stats.num_drafter_prefills == 0
+
+
+def test_without_guidance_the_negative_prompt_is_not_looked_at(pipes):
+    options = {"guidance_scale": 1.0, "negative_prompt_embeds": None}
+    assert torch.equal(made(*pipes, **options).frames, plain(pipes[0], **options))
+
+
+@pytest.mark.parametrize("keep", [(0, 1, 0), (1, 0, 1)])
+def test_either_model_goes_on_from_the_blocks_of_the_other(pipes, keep):
+    twin = copy.deepcopy(pipes[0])
+    twins = made(pipes[0], twin, router=Scripted(list(map(bool, keep))))
+    assert torch.equal(twins.frames, plain(pipes[0]))
+    mixed = made(*pipes, router=Scripted(list(map(bool, keep))))
+    # Up to the first change of hands it is the one pipeline, and not behind it.
+    alone = plain(pipes[1] if keep[0] else pipes[0])
+    assert torch.equal(mixed.frames[:, :, :2], alone[:, :, :2])
+    assert not torch.equal(mixed.frames[:, :, 2:4], alone[:, :, 2:4])
+
+
+def test_what_does_not_fit_is_refused(pipes):
+    cases = [
+        ({"num_frames": 16}, "num_frames must be 15 for 3 blocks of 2 latent frames, got 16"),
+        ({"block_sizes": None}, "num_frames must be a multiple of 33, got 15"),
+        ({"block_sizes": [2, 3, 2]}, "equal numbers of latent frames"),
+        (
+            {"stitch": 1, "router": "always"},
+            "stitch must be None for HeliosPipeline",
+        ),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            made(*pipes, **options)
