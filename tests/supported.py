@@ -37,7 +37,7 @@ FEATURES = {
     "text drafter": "a model that reads the text only drafts",
     "cached turns": "a turn behind the reused cache of an earlier one",
     "processor": "from prompts through the family's own processor or tokenizer, in the pipeline",
-    "target pipeline": "the bits of the target's own pipeline in diffusers where it writes all blocks",
+    "target pipeline": "the bits of the target's pipeline in diffusers where it writes all blocks",
     "trained weights": "trained weights beside tiny random ones",
 }
 
