@@ -61,7 +61,7 @@ def main(
     """Measures what is missing and writes the report."""
     budget, output = Budget(minutes), Output(json_only=False)
     facts = provenance(torch.device("cpu"), ["avatars"])
-    store = open_store(out / "image_init.jsonl", facts)
+    store = open_store(out, "image_init", "", facts)
     pipe = load_image("avatars", "float32")
     captions = [entry["caption"] for entry in load_captions(prompts, is_fresh=True)]
     rows: list[Sample] = []

@@ -202,7 +202,7 @@ def main(
     names = systems.split(";") if systems else list(SYSTEMS)
     budget, output = Budget(minutes), Output(json_only=False)
     facts = provenance(torch.device("cpu"), ["avatars"])
-    store = open_store(out / "published_image_decoders.jsonl", facts)
+    store = open_store(out, "published_image_decoders", "", facts)
     measurement = Measurement(store, budget, output)
     pipe = load_image("avatars", "float32")
     laws, rows = [], []

@@ -107,10 +107,8 @@ def _by_request(name: str, given: Any, num_requests: int, as_items: Any) -> list
         return [[] for _ in range(num_requests)]
     if num_requests == 1:
         items = as_items(given)
-        is_nested = (
-            len(items) == 1 and isinstance(items[0], list | tuple) and not _is_clip(items[0])
-        )
-        return [as_items(items[0]) if is_nested else items]
+        # A single entry may stand in a list of entries, or alone.
+        return [as_items(items[0]) if len(items) == 1 else items]
     is_many = isinstance(given, list | tuple) and len(given) == num_requests
     rule = f"a list with an entry for each of the {num_requests} prompts"
     require(is_many, name, rule, given)
