@@ -15,7 +15,7 @@ from mmspec.pipelines import SpeculativeVLMPipeline
 
 #: The card's character error rate on clean pages, and what so few pages may add to it.
 MAX_CLEAN_CER = 0.05
-NUM_READ = 4
+NUM_READ = 3
 
 
 def chat(instruction):
