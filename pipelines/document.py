@@ -27,8 +27,10 @@ from mmspec.tree import BUCKETS
 
 logger = logging.getLogger("mmspec")
 
-#: What families were trained to be asked for a page's text, by the model type of transformers.
+#: What models were trained to be asked for a page's text, by bundled name or by the model type of
+#: transformers.
 PARSE_PROMPTS = {
+    "bundled:pages": "Convert to Markdown.",
     "glm_ocr": "Text Recognition:",
     "granite_docling": "Convert this page to docling.",
     "idefics3": "Convert this page to docling.",
@@ -140,10 +142,11 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
     Attributes:
         reader: The pipeline of the model, which answers the prompts.
         drafter: Used where a call names none; "auto" drafts from references and earlier pages.
+        prompt: What the model is asked where a call does not say.
         store: What was written on earlier pages, to draft from.
 
     Example:
-        >>> pipe = SpeculativeDocumentPipeline.from_pretrained("some/vlm")  # doctest: +SKIP
+        >>> pipe = SpeculativeDocumentPipeline.from_pretrained("bundled:pages")  # doctest: +SKIP
         >>> out = pipe(["1.png", "2.png"])  # doctest: +SKIP
         >>> out.pages[0].text, out.stats.tau  # doctest: +SKIP
         ('# Title ...', 9.7)
@@ -159,6 +162,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         self.reader = reader
         self.drafter: DrafterSpec = "auto" if drafter is None else drafter
         _name_of(self.drafter)
+        self.prompt = PARSE_PROMPTS.get(reader.model.config.model_type, PARSE_PROMPT)
         self.clear_store()
         self._engines: dict[str, Engine] = {}
         self._has_warned = False
@@ -167,10 +171,10 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
     def from_pretrained(
         cls, id_or_path: str | Path, *, drafter: DrafterSpec = "auto", **kwargs: Any
     ) -> "SpeculativeDocumentPipeline":
-        """Loads a local folder or a hub repository of a plain transformers model.
+        """Loads a bundled model, a local folder or a hub repository of a plain transformers model.
 
         Args:
-            id_or_path: A folder or a hub id.
+            id_or_path: ``"bundled:pages"``, a folder, or a hub id.
             drafter: Default of the calls.
             **kwargs: Others of `SpeculativeVLMPipeline.from_pretrained`.
 
@@ -178,7 +182,9 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
             ValueError: If the model's family, the drafter or the schedule is unknown.
         """
         _name_of(drafter)
-        return cls(SpeculativeVLMPipeline.from_pretrained(id_or_path, **kwargs), drafter=drafter)
+        pipe = cls(SpeculativeVLMPipeline.from_pretrained(id_or_path, **kwargs), drafter=drafter)
+        pipe.prompt = PARSE_PROMPTS.get(str(id_or_path), pipe.prompt)
+        return pipe
 
     @classmethod
     def from_model(
@@ -242,19 +248,21 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
             ocr: What reads pages without a reference: a name of `mmspec.ocr.ENGINES`, "auto" (the
                 first that is installed), or None. It works beside the target.
             prompt: What the model is asked; None is what its family was trained on, or
-                "Convert this page to Markdown.".
+                `PARSE_PROMPT`.
             store: Draft from earlier pages, those of earlier calls included, and keep these.
             regions: First read the parts of each page, as one batch, and draft the page from them.
             batch_size: Pages that are written together.
-            **options: Of `SpeculativeVLMPipeline.__call__`, with ``max_new_tokens`` of 1024 and
-                ``drafter`` "auto": one that is named is used alone, without references.
+            **options: Of `SpeculativeVLMPipeline.__call__`; ``max_new_tokens`` is what the model's
+                generation config says, else 1024. A ``drafter`` that is named is used alone,
+                without references.
 
         Raises:
             ValueError: On any argument out of its range, an image that cannot be read, or an OCR
                 engine that is named and not installed; before any forward.
         """
         started = time.perf_counter()
-        options = {"max_new_tokens": 1024} | options
+        own_budget = getattr(self.model.generation_config, "max_new_tokens", None)
+        options = {"max_new_tokens": own_budget or 1024} | options
         drafter = options.pop("drafter", None) or self.drafter
         name = _name_of(drafter)
         check_positive("batch_size", batch_size)
@@ -291,7 +299,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
     def _ask(self, images: list[Image.Image], prompt: str | None, **options: Any) -> WrittenOutput:
         """What the model answers for each image."""
         if prompt is None:
-            prompt = PARSE_PROMPTS.get(self.model.config.model_type, PARSE_PROMPT)
+            prompt = self.prompt
         asked: Prompt = f"{self.processor.image_token}{prompt}"
         if getattr(self.processor, "chat_template", None) is not None:
             parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]

@@ -14,9 +14,6 @@ from mmspec.jobs.pages import Answer, PageTask, check_drafter
 from mmspec.ocr import open_engine
 from mmspec.whole_file import whole_file
 
-#: What models were trained to be asked; the pipeline knows the others by their family.
-PROMPTS = {"bundled:pages": "Convert to Markdown."}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParseJob:
@@ -47,12 +44,7 @@ class ParseJob:
     def settings(self) -> dict[str, Any]:
         """What every record is made with. The password is not among it."""
         own = {"model": self.model, "dtype": self.dtype, "dpi": self.reader.dpi, "ocr": self.ocr}
-        return own | {"prompt": self.question, "regions": self.regions} | dict(self.options)
-
-    @property
-    def question(self) -> str | None:
-        """What is asked, or None where the pipeline knows it."""
-        return PROMPTS.get(self.model) if self.prompt is None else self.prompt
+        return own | {"prompt": self.prompt, "regions": self.regions} | dict(self.options)
 
     def check(self) -> None:
         """Refuses options that no page could be parsed with, before a model is loaded.
@@ -84,14 +76,11 @@ class ParseJob:
         """
         started = time.perf_counter()
         options = {name: value for name, value in self.options.items() if value is not None}
-        own_budget = getattr(pipe.model.generation_config, "max_new_tokens", None)
-        if own_budget is not None:
-            options.setdefault("max_new_tokens", own_budget)
         result = pipe(
             [sheet.image for sheet in sheets],
             references=[sheet.text for sheet in sheets],
             ocr=self.ocr,
-            prompt=self.question,
+            prompt=self.prompt,
             regions=self.regions,
             batch_size=len(tasks),
             **options,
