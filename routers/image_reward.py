@@ -25,7 +25,7 @@ from mmspec.routers.preprocess import crop_to_square, normalized
 from mmspec.routers.scoring import Scorer, checked_batch_size, spread_batches
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
-TOKENIZER = "bert-base-uncased"
+TOKENIZER, VOCABULARY = "bert-base-uncased", "vocab.txt"
 #: BLIP adds these behind the vocabulary of BERT.
 ADDED_TOKENS = ["[DEC]", "[ENC]"]
 #: Tokens of a prompt that the model was trained with; the rest of a prompt is not seen.
@@ -136,6 +136,10 @@ class ImageRewardScorer(Scorer):
         self._batch_size = checked_batch_size(batch_size)
         self._tokenizer = _tokenizer(weights)
         self._model = ImageReward.from_official(_official_state(weights))
+        num_known = self._model.text.config.vocab_size
+        rule = f"the {num_known} of {FILE}"
+        got = len(self._tokenizer)
+        require(got == num_known, "words of the tokenizer of 'image-reward'", rule, got)
 
     def batches(self, block: BlockView) -> Iterator[Tensor]:
         """Scores a few pictures at a time, where the pictures are."""
@@ -171,21 +175,24 @@ def _official_state(weights: str | Path | None) -> Mapping[str, Tensor]:
     return state
 
 
-def _tokenizer(weights: str | Path | None) -> Any:
+def _tokenizer(weights: str | Path | None) -> BertTokenizer:
     """The tokenizer of BERT with BLIP's two tokens.
 
     Raises:
-        ValueError: If its files are missing.
+        ValueError: If its vocabulary is missing.
     """
-    has_own = weights is not None and (Path(weights) / "vocab.txt").exists()
+    has_own = weights is not None and (Path(weights) / VOCABULARY).exists()
     try:
-        tokenizer = BertTokenizer.from_pretrained(weights if has_own else TOKENIZER)
+        path = cached_file(weights if has_own else TOKENIZER, VOCABULARY)
+        words = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         message = (
-            f"router 'image-reward' has no tokenizer; the folder of weights must hold vocab.txt of "
-            f"{TOKENIZER}: {error}"
+            f"router 'image-reward' has no tokenizer; the folder of weights must hold {VOCABULARY} "
+            f"of {TOKENIZER}: {error}"
         )
         raise ValueError(message) from error
+    # `from_pretrained` makes a tokenizer of five words where it finds no file, and says nothing.
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     tokenizer.add_tokens(ADDED_TOKENS, special_tokens=True)
     return tokenizer
 
