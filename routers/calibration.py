@@ -161,7 +161,7 @@ def _check_content(content: Mapping[str, Any]) -> None:
     Raises:
         ValueError: With the field.
     """
-    scores = content.get("scores")
+    scores: Any = content.get("scores")
     checks = {
         "score_name": ("a string", lambda one: isinstance(one, str)),
         "threshold": ("a finite number", is_number),

@@ -3,7 +3,7 @@
 Shape suffixes as in `mmspec.block_records`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,8 +31,6 @@ class ClipScorer(Scorer):
     #: Repositories of the hub; a folder of weights brings its own tokenizer.
     default_weights: ClassVar[str] = "openai/clip-vit-base-patch32"
     default_tokenizer: ClassVar[str] = "openai/clip-vit-base-patch32"
-    #: Makes pictures square.
-    squared: ClassVar[Callable[[Tensor, int], Tensor]] = staticmethod(crop_to_square)
 
     def __init__(self, weights: str | Path | None = None, batch_size: str | int = 4) -> None:
         """Loads the weights.
@@ -75,6 +73,11 @@ class ClipScorer(Scorer):
             yield self.scaled(cosine_F, model.logit_scale.float())
 
     @staticmethod
+    def squared(frames_F3HW: Tensor, size: int) -> Tensor:
+        """Makes pictures square."""
+        return crop_to_square(frames_F3HW, size)
+
+    @staticmethod
     def scaled(cosine_F: Tensor, log_scale: Tensor) -> Tensor:
         """The published number of a cosine."""
         return 2.5 * cosine_F.clamp_min(0)
@@ -108,7 +111,11 @@ class HpsScorer(ClipScorer):
     name: ClassVar[str] = "hps"
     default_weights: ClassVar[str] = "adams-story/HPSv2-hf"
     default_tokenizer: ClassVar[str] = _TOKENIZER_H
-    squared: ClassVar[Callable[[Tensor, int], Tensor]] = staticmethod(pad_to_square)
+
+    @staticmethod
+    def squared(frames_F3HW: Tensor, size: int) -> Tensor:
+        """Pads pictures with black."""
+        return pad_to_square(frames_F3HW, size)
 
     @staticmethod
     def scaled(cosine_F: Tensor, log_scale: Tensor) -> Tensor:

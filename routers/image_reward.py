@@ -212,13 +212,15 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _collapsed_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The affine layers of the head as one; multiplied in fp64, which rounds once."""
     layers = sorted({int(match[1]) for match in map(_HEAD.match, state) if match})
-    weight, bias = None, None
-    for layer in layers:
-        by = state[f"mlp.layers.{layer}.weight"].double()
-        shift = state[f"mlp.layers.{layer}.bias"].double()
-        weight, bias = (by, shift) if weight is None else (by @ weight, by @ bias + shift)
-    if weight is None or bias is None:
+    if not layers:
         raise KeyError("mlp.layers")
+    weights, biases = (
+        [state[f"mlp.layers.{layer}.{kind}"].double() for layer in layers]
+        for kind in ("weight", "bias")
+    )
+    weight, bias = weights[0], biases[0]
+    for by, shift in zip(weights[1:], biases[1:], strict=True):
+        weight, bias = by @ weight, by @ bias + shift
     return {"head.weight": weight.float(), "head.bias": bias.float()}
 
 

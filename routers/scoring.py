@@ -27,11 +27,13 @@ class Scorer:
         name: As a user types it.
         needs_prompt: Whether it reads the text of the prompt.
         settings: Names of what a user may set besides threshold and aggregation.
+        typed: Those that were set and change what the score means, as ",name=value".
     """
 
     name: ClassVar[str]
     needs_prompt: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
+    typed: str = ""
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, str]) -> Self:
@@ -108,7 +110,7 @@ class ScoringRouter:
             threshold: From which score on a block is kept.
             aggregate: Of the pictures: "worst", "mean", or a number q in [0, 1] for the q-quantile.
             name: As a user types it; without it, made from the rest.
-            score_name: As a calibration names it; without it, the name of the scorer.
+            score_name: As a calibration names it; without it, made from scorer and aggregation.
 
         Raises:
             ValueError: If threshold or aggregation is bad.
@@ -119,8 +121,9 @@ class ScoringRouter:
         self._scorer = scorer
         self._threshold = threshold
         self._aggregate = aggregate
-        self.name = f"{scorer.name}:{threshold}" if name is None else name
-        self.score_name = scorer.name if score_name is None else score_name
+        more = ("" if aggregate == "worst" else f",aggregate={aggregate}") + scorer.typed
+        self.name = f"{scorer.name}:{threshold}{more}" if name is None else name
+        self.score_name = scorer.name + more if score_name is None else score_name
         self.needs_prompt = scorer.needs_prompt
         self.reads_history = threshold.reads_history
 
@@ -198,7 +201,7 @@ def _parsed(scorer: type[Scorer], argument: str | None) -> dict[str, str]:
         ValueError: If a name is unknown or comes twice.
     """
     given: dict[str, str] = {}
-    for item in (argument or "").split(",") if argument else ():
+    for item in argument.split(",") if argument else ():
         name, equals, value = item.partition("=")
         if not equals:
             name, value = "threshold", item

@@ -47,6 +47,7 @@ class TemporalScorer(Scorer):
         """
         require_known("penalty of router 'temporal'", see, PENALTIES)
         self._see = see
+        self.typed = "" if see == "all" else f",see={see}"
 
     def batches(self, block: BlockView) -> Iterator[Tensor]:
         """Scores all steps at once: pictures are small here, and the seam looks at its context."""

@@ -7,7 +7,9 @@ import pytest
 import torch
 from blocks import place, view
 
+from mmspec.routers import build_router
 from mmspec.routers.scoring import Scorer, ScoringRouter, spread_batches
+from mmspec.routers.temporal import TemporalScorer
 from mmspec.routers.thresholds import FixedThreshold, RunningQuantile, score_at_rate
 
 
@@ -130,6 +132,15 @@ def test_score_at_rate_counts_ties_and_what_could_not_be_judged():
     assert score_at_rate([1.0, math.nan], 0.5) == 1.0
     with pytest.raises(ValueError, match="scores must be numbers in 2 or more of 2 cases"):
         score_at_rate([1.0, math.nan], 1.0)
+
+
+def test_a_router_is_named_as_it_would_be_typed():
+    router = ScoringRouter(TemporalScorer("seam"), -0.03, aggregate=0.1)
+    typed = build_router(router.name)
+    assert router.name == typed.name == "temporal:-0.03,aggregate=0.1,see=seam"
+    assert router.score_name == typed.score_name == "temporal,aggregate=0.1,see=seam"
+    running = ScoringRouter(Reading(), RunningQuantile(0.5, -1.0, 2.0))
+    assert running.name == "reading:accept=0.5,mean=-1,std=2,weight=5"
 
 
 def test_a_threshold_must_be_a_number():
