@@ -4,6 +4,7 @@ Shape suffixes as in `mmspec.block_records`; N is the scores of a block, mostly 
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import ClassVar, Self
 
 import torch
@@ -117,6 +118,7 @@ class ScoringRouter:
         """
         if isinstance(threshold, float | int):
             threshold = FixedThreshold(threshold)
+        require(hasattr(threshold, "at"), "threshold", "a number or a Threshold", threshold)
         _check_aggregate(aggregate)
         self._scorer = scorer
         self._threshold = threshold
@@ -149,7 +151,7 @@ class ScoringRouter:
 def spread_batches(frames_F3HW: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Cuts pictures into batches that are each spread over the whole block.
 
-    The first batch is then a sample of the block, and the likeliest to hold a bad picture.
+    The first batch is then a sample of the whole block.
 
     Args:
         frames_F3HW: The pictures.
@@ -187,11 +189,11 @@ def _check_aggregate(value: str | float) -> None:
 
 
 def _aggregate(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        _check_aggregate(text)
-        return text
+    value: str | float = text
+    with suppress(ValueError):
+        value = float(text)
+    _check_aggregate(value)
+    return value
 
 
 def _parsed(scorer: type[Scorer], argument: str | None) -> dict[str, str]:

@@ -55,7 +55,7 @@ class RandomRouter(PlaceRouter):
         """
         is_good = is_number(rate) and 0 <= rate <= 1
         require(is_good, "the rate of router 'random'", "a number in [0, 1]", rate)
-        self.name = f"random:{rate:g}"
+        self.name = f"random:{rate}"
         self._rate = rate
 
     @classmethod

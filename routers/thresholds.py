@@ -44,7 +44,7 @@ class FixedThreshold:
 
     def __str__(self) -> str:
         """As a user types it."""
-        return f"{self.value:g}"
+        return repr(self.value)
 
     def at(self, history: History) -> float:
         """The value."""
@@ -83,8 +83,8 @@ class RunningQuantile:
 
     def __str__(self) -> str:
         """As a user types it."""
-        prior = f"mean={self.mean:g},std={self.std:g},weight={self.weight}"
-        return f"accept={self.accept_rate:g},{prior}"
+        prior = f"mean={self.mean},std={self.std},weight={self.weight}"
+        return f"accept={self.accept_rate},{prior}"
 
     def at(self, history: History) -> float:
         """The score that the wanted share of prior and history reaches."""

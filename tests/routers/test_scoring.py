@@ -140,9 +140,11 @@ def test_a_router_is_named_as_it_would_be_typed():
     assert router.name == typed.name == "temporal:-0.03,aggregate=0.1,see=seam"
     assert router.score_name == typed.score_name == "temporal,aggregate=0.1,see=seam"
     running = ScoringRouter(Reading(), RunningQuantile(0.5, -1.0, 2.0))
-    assert running.name == "reading:accept=0.5,mean=-1,std=2,weight=5"
+    assert running.name == "reading:accept=0.5,mean=-1.0,std=2.0,weight=5"
 
 
 def test_a_threshold_must_be_a_number():
     with pytest.raises(ValueError, match="the threshold must be a number, got nan"):
         FixedThreshold(math.nan)
+    with pytest.raises(ValueError, match="threshold must be a number or a Threshold, got 'low'"):
+        ScoringRouter(Reading(), "low")
