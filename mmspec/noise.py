@@ -25,6 +25,7 @@ class Salt:
     DRAFT = 3
     BLOCK = 4
     EMBED = 5
+    ROUTE = 6
 
 
 def _signed(value: int, bits: int) -> int:

@@ -10,33 +10,57 @@ from typing import Any
 
 from mmspec.block_records import BlockRouter
 from mmspec.checks import require, require_known
+from mmspec.routers.combine import AllRouter
 
-__all__ = ["ROUTERS", "build_router"]
+__all__ = ["ROUTERS", "AllRouter", "build_router"]
 
 # Name a user types -> "module:class", the module relative to this package, imported on demand.
+# `from_argument` of the class makes the router of what follows the name.
 ROUTERS: dict[str, str] = {
     "always": ".fixed:AlwaysRouter",
+    "brisque": ".brisque:BrisqueScorer",
+    "clip-score": ".clip:ClipScorer",
+    "every": ".spacing:EveryRouter",
     "first-block": ".fixed:FirstBlockRouter",
+    "hps": ".clip:HpsScorer",
+    "image-reward": ".image_reward:ImageRewardScorer",
     "never": ".fixed:NeverRouter",
+    "noise": ".sharpness:NoiseScorer",
+    "pick-score": ".clip:PickScorer",
+    "random": ".spacing:RandomRouter",
+    "sharpness": ".sharpness:SharpnessScorer",
+    "temporal": ".temporal:TemporalScorer",
 }
 
 
 def build_router(spec: str | BlockRouter) -> BlockRouter:
     """Makes a router of what a user passes as ``router=``.
 
+    A router with weights loads them here: build it once and pass the object to many calls.
+
     Args:
-        spec: A name, with an argument behind a colon where the router takes one, or a router.
+        spec: A name, with an argument behind a colon where the router takes one; several of them
+            with "+" between keep what all of them keep; or a router.
 
     Raises:
-        ValueError: If the name is unknown (the message lists the known ones), the argument is bad,
-            or it is neither a string nor a router.
+        ValueError: If a name is unknown (the message lists the known ones), an argument is bad,
+            weights are missing, or it is neither a string nor a router.
     """
     if not isinstance(spec, str):
         is_router = hasattr(spec, "wants_draft") and hasattr(spec, "judge")
         require(is_router, "router", "a name or an object with wants_draft and judge", spec)
         return spec
-    name, colon, argument = spec.partition(":")
-    require_known("router", name, sorted(ROUTERS))
+    parts = spec.split("+")
+    # All names before any weights.
+    for part in parts:
+        require_known("router", part.partition(":")[0], sorted(ROUTERS))
+    routers = tuple(map(_build, parts))
+    return routers[0] if len(routers) == 1 else AllRouter(routers)
+
+
+def _build(part: str) -> BlockRouter:
+    name, colon, argument = part.partition(":")
     module, _, attribute = ROUTERS[name].partition(":")
-    router_class: Any = getattr(import_module(module, __name__), attribute)
-    return router_class.from_argument(argument if colon else None)
+    made_by: Any = getattr(import_module(module, __name__), attribute)
+    router: BlockRouter = made_by.from_argument(argument if colon else None)
+    return router

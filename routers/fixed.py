@@ -8,12 +8,21 @@ from mmspec.checks import require
 from mmspec.records import Guarantee
 
 
-class _ByPlace:
-    """Takes no argument, needs no prompt, keeps every block that it wants drafted."""
+class PlaceRouter:
+    """Looks at no block: it keeps every one that it wants drafted. Needs no prompt."""
 
-    name: str
     needs_prompt = False
     guarantee = Guarantee.LOSSY
+
+    def judge(self, block: BlockView) -> Judgement:
+        """Keeps the block."""
+        return Judgement(score=math.inf, keep=True)
+
+
+class _Plain(PlaceRouter):
+    """Takes no argument."""
+
+    name: str
 
     @classmethod
     def from_argument(cls, argument: str | None) -> Self:
@@ -25,12 +34,8 @@ class _ByPlace:
         require(argument is None, f"the argument of router {cls.name!r}", "left out", argument)
         return cls()
 
-    def judge(self, block: BlockView) -> Judgement:
-        """Keeps the block."""
-        return Judgement(score=math.inf, keep=True)
 
-
-class AlwaysRouter(_ByPlace):
+class AlwaysRouter(_Plain):
     """Every block is drafted and kept: the drafter alone."""
 
     name = "always"
@@ -40,7 +45,7 @@ class AlwaysRouter(_ByPlace):
         return True
 
 
-class NeverRouter(_ByPlace):
+class NeverRouter(_Plain):
     """No block is drafted: the target alone."""
 
     name = "never"
@@ -51,7 +56,7 @@ class NeverRouter(_ByPlace):
         return False
 
 
-class FirstBlockRouter(_ByPlace):
+class FirstBlockRouter(_Plain):
     """The target writes the first block, and every other draft is kept."""
 
     name = "first-block"

@@ -154,7 +154,7 @@ class Trainer:
         self.step, self.spent_s, self.average = state["step"], state["spent_s"], state["average"]
         self.pages = Pages(self.args.work_dir, self.args.batch_size, self.args.seed + self.step)
         self.pages.max_rows, self.first_reading = state["max_rows"], state["first_reading"]
-        self.has_found = state.get("has_found", state["max_rows"] > 2)
+        self.has_found = state["has_found"]
 
     def save(self) -> None:
         """Writes the checkpoint; an interrupted write leaves the old one."""

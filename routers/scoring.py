@@ -1,0 +1,262 @@
+"""Routers that score the pictures of a block: scorer, aggregation, threshold, early exit.
+
+Shape suffixes as in `mmspec.block_records`; N is the scores of a block, mostly one per picture.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from mmspec.block_records import BlockPlace, BlockView, Judgement
+from mmspec.checks import is_integer, is_number, require, require_known
+from mmspec.records import Guarantee
+from mmspec.routers.calibration import Calibration
+from mmspec.routers.thresholds import FixedThreshold, RunningQuantile, Threshold
+
+#: What every scorer's argument may hold besides its own settings.
+_THRESHOLDS = ("threshold", "calibration", "accept", "mean", "std", "weight")
+_COMMON = (*_THRESHOLDS, "aggregate")
+
+
+class Scorer:
+    """Gives the pictures of a block scores; higher is better.
+
+    Attributes:
+        name: As a user types it.
+        needs_prompt: Whether it reads the text of the prompt.
+        settings: Names of what a user may set besides threshold and aggregation.
+        typed: Those that were set and change what the score means, as ",name=value".
+    """
+
+    name: ClassVar[str]
+    needs_prompt: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ()
+    typed: str = ""
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, str]) -> Self:
+        """Builds the scorer; loads its weights.
+
+        Raises:
+            ValueError: If a value is bad or weights are missing.
+        """
+        return cls(**settings)
+
+    def batches(self, block: BlockView) -> Iterator[Tensor]:
+        """Scores a block, a few pictures at a time: what is not asked for is not computed.
+
+        Yields:
+            Scores ``[n]``, in any order of the pictures; NaN where one cannot be judged.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_argument(cls, argument: str | None) -> "ScoringRouter":
+        """Builds the router that judges by this score.
+
+        Args:
+            argument: Settings ``name=value`` with commas between; a value alone is the threshold.
+
+        Raises:
+            ValueError: If a setting is unknown, bad or missing, or weights are.
+        """
+        given = _parsed(cls, argument)
+        own = {name: value for name, value in given.items() if name in cls.settings}
+        aggregate = _aggregate(given.get("aggregate", "worst"))
+        threshold = _threshold(_score_name(cls.name, given), given)
+        # Weights are loaded when everything else is known to be good.
+        return ScoringRouter(
+            cls.from_settings(own),
+            threshold,
+            aggregate=aggregate,
+            name=f"{cls.name}:{argument}",
+            score_name=_score_name(cls.name, given),
+        )
+
+
+class ScoringRouter:
+    """Keeps a block whose score reaches a threshold.
+
+    With the worst picture as the score and a threshold that does not depend on earlier scores, it
+    stops at the first pictures below the threshold: the worst of all cannot be better. The
+    decision is that of scoring every picture; the score that is reported is then the worst seen.
+    Nothing is ever kept early, for a later picture may be worse.
+
+    Attributes:
+        guarantee: `lossy`.
+        name: As a user types it.
+        needs_prompt: That of the scorer.
+        reads_history: That of the threshold.
+        score_name: What the score is, whatever the threshold; samples of it can be compared.
+    """
+
+    guarantee = Guarantee.LOSSY
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        threshold: float | Threshold,
+        *,
+        aggregate: str | float = "worst",
+        name: str | None = None,
+        score_name: str | None = None,
+    ) -> None:
+        """Combines the three.
+
+        Args:
+            scorer: Scores the pictures.
+            threshold: From which score on a block is kept.
+            aggregate: Of the pictures: "worst", "mean", or a number q in [0, 1] for the q-quantile.
+            name: As a user types it; without it, made from the rest.
+            score_name: As a calibration names it; without it, made from scorer and aggregation.
+
+        Raises:
+            ValueError: If threshold or aggregation is bad.
+        """
+        if isinstance(threshold, float | int):
+            threshold = FixedThreshold(threshold)
+        require(hasattr(threshold, "at"), "threshold", "a number or a Threshold", threshold)
+        _check_aggregate(aggregate)
+        self._scorer = scorer
+        self._threshold = threshold
+        self._aggregate = aggregate
+        more = ("" if aggregate == "worst" else f",aggregate={aggregate}") + scorer.typed
+        self.name = f"{scorer.name}:{threshold}{more}" if name is None else name
+        self.score_name = scorer.name + more if score_name is None else score_name
+        self.needs_prompt = scorer.needs_prompt
+        self.reads_history = threshold.reads_history
+
+    def wants_draft(self, place: BlockPlace) -> bool:
+        """True: every block may be good."""
+        return True
+
+    @torch.no_grad()
+    def judge(self, block: BlockView) -> Judgement:
+        """Scores the block; a block without scores gets NaN."""
+        bar = self._threshold.at(block.place.history)
+        may_stop = self._aggregate == "worst" and not self.reads_history
+        scores = [torch.zeros(0, dtype=torch.float64)]
+        for batch in self._scorer.batches(block):
+            scores.append(batch.double().cpu())
+            # A NaN is not at the threshold either.
+            if may_stop and not bool((scores[-1] >= bar).all()):
+                break
+        score = _aggregated(torch.cat(scores), self._aggregate)
+        return Judgement(score=score, keep=score >= bar)
+
+
+def spread_batches(frames_F3HW: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Cuts pictures into batches that are each spread over the whole block.
+
+    The first batch is then a sample of the whole block.
+
+    Args:
+        frames_F3HW: The pictures.
+        batch_size: Of a batch at most.
+    """
+    num_batches = -(-len(frames_F3HW) // batch_size)
+    for first in range(num_batches):
+        yield frames_F3HW[first::num_batches]
+
+
+def checked_batch_size(value: str | int) -> int:
+    """Reads the size of a batch of pictures.
+
+    Raises:
+        ValueError: If it is no integer of at least 1.
+    """
+    size = int(value) if isinstance(value, str) and value.isdecimal() else value
+    require(is_integer(size) and size >= 1, "batch_size", "an integer >= 1", value)
+    return int(size)
+
+
+def _aggregated(scores_N: Tensor, aggregate: str | float) -> float:
+    if len(scores_N) == 0:
+        return float("nan")
+    if aggregate == "worst":
+        return scores_N.min().item()
+    if aggregate == "mean":
+        return scores_N.mean().item()
+    return scores_N.quantile(float(aggregate)).item()
+
+
+def _check_aggregate(value: str | float) -> None:
+    is_good = value in ("worst", "mean") or (is_number(value) and 0 <= value <= 1)
+    require(is_good, "aggregate", "'worst', 'mean' or a quantile in [0, 1]", value)
+
+
+def _aggregate(text: str) -> str | float:
+    value: str | float = text
+    with suppress(ValueError):
+        value = float(text)
+    _check_aggregate(value)
+    return value
+
+
+def _parsed(scorer: type[Scorer], argument: str | None) -> dict[str, str]:
+    """Reads ``name=value`` pairs.
+
+    Raises:
+        ValueError: If a name is unknown or comes twice.
+    """
+    given: dict[str, str] = {}
+    for item in argument.split(",") if argument else ():
+        name, equals, value = item.partition("=")
+        if not equals:
+            name, value = "threshold", item
+        require_known(f"setting of router {scorer.name!r}", name, (*_COMMON, *scorer.settings))
+        rule = "given once"
+        require(name not in given, f"{name!r} of router {scorer.name!r}", rule, argument)
+        given[name] = value
+    return given
+
+
+def _score_name(name: str, given: Mapping[str, str]) -> str:
+    # Where the weights lie and how many pictures go at once does not change what a score means.
+    silent = (*_THRESHOLDS, "weights", "batch_size")
+    more = [f"{key}={value}" for key, value in sorted(given.items()) if key not in silent]
+    return ",".join([name, *more])
+
+
+def _threshold(score_name: str, given: Mapping[str, str]) -> Threshold:
+    """Reads the threshold out of the settings.
+
+    Raises:
+        ValueError: If there is none, more than one, or one out of its range.
+    """
+    ways = [name for name in ("threshold", "calibration", "accept") if name in given]
+    prior = [name for name in ("mean", "std", "weight") if name in given]
+    is_good = ways in (["threshold"], ["calibration"], ["accept"], ["calibration", "accept"])
+    rule = (
+        "a threshold as 'temporal:-0.05', 'calibration=FILE', or 'accept=RATE' with "
+        "'mean=' and 'std=' of the prior or 'calibration=FILE'"
+    )
+    require(is_good, f"the argument of router {score_name!r}", rule, dict(given))
+    calibration = None
+    if "calibration" in given:
+        calibration = Calibration.load(given["calibration"])
+        got = calibration.score_name
+        require(got == score_name, "the calibration's score", repr(score_name), got)
+    if "accept" not in given:
+        require(not prior, "mean, std and weight", "left out without accept", prior)
+        if calibration is not None:
+            return FixedThreshold(calibration.threshold)
+        return FixedThreshold(_number("threshold", given["threshold"]))
+    numbers = {name: _number(name, given[name]) for name in prior}
+    if calibration is not None:
+        numbers = {"mean": calibration.mean, "std": calibration.std} | numbers
+    require({"mean", "std"} <= set(numbers), "the prior of accept", rule, dict(given))
+    weight = numbers.pop("weight", 5)
+    return RunningQuantile(
+        _number("accept", given["accept"]), **numbers, weight=int(weight) if weight % 1 == 0 else 0
+    )
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a number, got {text!r}") from error
