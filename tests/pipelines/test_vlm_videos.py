@@ -11,7 +11,7 @@ from vlm import NUM_TEXT, VOCAB, tiny_vlm
 from vlm_processors import PROCESSORS
 
 from mmspec.adapters.vision_language import FAMILIES
-from mmspec.pipelines import SpeculativeVLMPipeline
+from mmspec.pipelines import SpeculativeVLMPipeline, vlm_inputs
 from mmspec.pipelines.turns import num_common
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -180,7 +180,7 @@ def test_frames_a_second_place_the_tokens():
     assert tokens_of(again) == tokens_of(slow)
 
 
-@pytest.mark.skipif(not is_av_available(), reason="av decodes files")
+@pytest.mark.skipif(not is_av_available(), reason="av, which decodes files, is not installed")
 def test_a_file_is_decoded(tmp_path):
     import av
 
@@ -237,8 +237,9 @@ def test_bad_videos_are_refused_before_any_forward(pipe, monkeypatch, prompt, op
         pipe(prompt, **options)
 
 
-@pytest.mark.skipif(is_av_available(), reason="nothing decodes files")
-def test_a_file_that_nothing_decodes_is_refused(pipe, tmp_path):
+def test_a_file_that_nothing_decodes_is_refused(pipe, tmp_path, monkeypatch):
+    for name in ("is_av_available", "is_torchcodec_usable"):
+        monkeypatch.setattr(vlm_inputs, name, lambda **kinds: False)
     path = tmp_path / "a.mp4"
     path.write_bytes(b"-")
     with pytest.raises(ValueError, match="is a file, and neither torchcodec nor av is installed"):
