@@ -7,6 +7,7 @@ what the tokens mean. Shape suffixes as in `mmspec.records`, and
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +111,8 @@ class SlotForward:
     Attributes:
         cache: The model's keys and values.
         place: As in the constructor.
+        around: What every forward is run in.
+        is_compiled: As in the constructor.
     """
 
     def __init__(
@@ -141,7 +144,8 @@ class SlotForward:
         self.place = place
         if compile:
             self.cache.pin()
-        self._is_compiled = compile
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.is_compiled = compile
         self._call: Callable[..., object] = compiled_forward(model) if compile else model
         self._layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
         self._window = getattr(config, "sliding_window", None)
@@ -250,7 +254,7 @@ class SlotForward:
             cached_B, depth_BN = cached_B[fed_R], depth_BN[fed_R]
             ancestors_BNN = ancestors_BNN[fed_R]
             positions_BN = positions_BN.index_select(-2, fed_R)
-        compiled = self._is_compiled and allow_compiled
+        compiled = self.is_compiled and allow_compiled
         num_nodes = depth_BN.shape[1]
         longest, capacity = max(host_cached), self.cache.cursor.capacity
         extent = capacity if compiled else min(longest + num_nodes, capacity)
@@ -272,13 +276,14 @@ class SlotForward:
         if self._takes_keep and keep is not None:
             arguments["logits_to_keep"] = keep
         call = self._call if compiled else self.model
-        return call(
-            **arguments,
-            attention_mask=mask,
-            position_ids=positions_BN,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        with self.around():
+            return call(
+                **arguments,
+                attention_mask=mask,
+                position_ids=positions_BN,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
 
     def spread(self, answer_RN: Tensor) -> Tensor:
         """What the last forward said, ``[R, N, ...]``, as ``[B, N, ...]``; zeros where not fed."""

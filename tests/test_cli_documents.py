@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from mmspec.cli import app
 from mmspec.documents import Reader
 from mmspec.jobs.captions import image_request
-from mmspec.jobs.documents import markdown
+from mmspec.jobs.documents import ParseJob, markdown
+from mmspec.jobs.journal import Journal
 from mmspec.pipelines import SpeculativeDocumentPipeline, SpeculativeVLMPipeline
 
 
@@ -231,6 +232,34 @@ def test_a_killed_parse_is_continued(vlm, documents, tmp_path, batch_size):
     assert (killed / "a.pdf.md").read_bytes() == (whole / "a.pdf.md").read_bytes()
     line = run(*again, "--dpi", 72, code=2).stderr
     assert "line 1 was made with other settings: dpi 36 (asked for: 72)" in line
+
+
+def test_a_continued_parse_drafts_from_the_pages_before(vlm, documents, tmp_path):
+    """A copy of a page that was done before the kill takes fewer forwards than it did."""
+    for number in range(3):
+        shutil.copy(documents / "p0.png", documents / f"q{number}.png")
+    out = tmp_path / "out"
+    command = ["parse", documents, "--model", vlm, *PARSE, "--max-new-tokens", 40, "--out", out]
+    run(*command)
+    whole = records_of(out / "pages.jsonl")
+    lines = (out / "pages.jsonl").read_bytes().splitlines(keepends=True)
+    for kept in (lines[:-1], []):
+        (out / "pages.jsonl").write_bytes(b"".join(kept))
+        run("parse", documents / "q2.png", *command[2:])
+        last = records_of(out / "pages.jsonl")[-1]
+        assert last["text"] == whole[-1]["text"]
+        assert (last["tau"] > 2 * whole[0]["tau"]) == bool(kept)
+
+
+def test_only_the_latest_pages_are_recalled(tmp_path, monkeypatch):
+    job = ParseJob(load=list, model="m", dtype="float32", reader=Reader(), options={})
+    monkeypatch.setattr("mmspec.jobs.documents.MAX_RECALLED", 7)
+    with Journal(tmp_path / "pages.jsonl", {}) as journal:
+        assert job.after(journal) is job
+        texts = ["aaaa", "bbb", None, "cccc"]
+        records = [{"file": "f", "page": n, "text": text} for n, text in enumerate(texts)]
+        journal.add(records)
+        assert job.after(journal).load.texts == ("bbb", "cccc")
 
 
 def test_bad_pages_have_their_reason_in_the_markdown(vlm, documents, tmp_path):
