@@ -23,7 +23,7 @@ def attention_scores(forward: SlotForward, rows: TokenRows, starts: Sequence[int
     Args:
         forward: A model whose cache holds the prompts.
         rows: The rows.
-        starts: Where the text behind the last image begins in each row; of longer texts the last
+        starts: Where the text that is read begins in each row; of longer texts the last
             `MAX_QUERIES` tokens count.
 
     Returns:
@@ -65,7 +65,7 @@ def attention_of(
     """
     home = node_RQ.device
     share_RQ1 = (is_asked_RQ / is_asked_RQ.sum(1, keepdim=True))[..., None]
-    total = 0.0
+    total = torch.zeros((), device=home)
     for index, (query, mask, num_slots, scaling, softcap) in notes.items():
         node_RQ = node_RQ.to(query.device)
         wide = node_RQ[:, None, :, None]
@@ -76,8 +76,8 @@ def attention_of(
         if softcap is not None:
             logits = (logits / softcap).tanh() * softcap
         if mask is not None:
-            mask = as_law_dtype(mask).expand(len(query), -1, -1, -1)
-            logits = logits + mask.gather(2, wide.expand(-1, 1, -1, mask.shape[3]))[:, :, None]
+            mask = as_law_dtype(mask[..., :num_slots]).expand(len(query), -1, -1, -1)
+            logits = logits + mask.gather(2, wide.expand(-1, 1, -1, num_slots))[:, :, None]
         weights_RQS = logits.softmax(-1).mean((1, 2))
         share = share_RQ1.to(weights_RQS.device, weights_RQS.dtype)
         total = total + (weights_RQS * share).sum(1).to(home) / len(notes)

@@ -231,12 +231,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         self.store = NgramTrie(max_draft=BUCKETS[-1])
 
     def remember(self, texts: Iterable[str]) -> None:
-        """Adds pages that were written before, such as by an earlier process, to the store.
-
-        Args:
-            texts: Their texts, the oldest first. They are cut into tokens again, so any model's
-                tokenizer will do.
-        """
+        """Adds texts of pages that an earlier process wrote to the store, the oldest first."""
         for text in texts:
             self.store.observe(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -9,7 +9,7 @@ verification shows where the last verified token looked, and the keys of those p
 follows them take the room of the old ones.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,6 @@ from mmspec.visual_tokens import (
     around_peak,
     place_in_whole,
     places_of,
-    text_behind,
     without,
 )
 
@@ -87,8 +86,8 @@ class OwnCacheDrafter(ModelDrafter):
         self._take_over()
         if not any(self._places):
             return
-        starts = text_behind(self._rows, self._places)
-        self._show(attention_scores(self._target, self._rows, starts))
+        roots = [length - 1 for length in self._rows.prompt_lengths]
+        self._show(attention_scores(self._target, self._rows, roots))
         self.num_target_forwards = 1
         # A compiled forward cannot be listened to; the choice for the prompt's end then stays.
         if not self._target.is_compiled:
@@ -158,7 +157,7 @@ class OwnCacheDrafter(ModelDrafter):
         self._num_taken = self._num_cached = wanted
 
 
-def _table(lists: Collection[list[int]], padding: int) -> Tensor:
+def _table(lists: Sequence[Sequence[int]], padding: int) -> Tensor:
     """Lists of indices as one tensor."""
     rows = [torch.tensor(one, dtype=torch.long) for one in lists]
     return pad_sequence(rows, batch_first=True, padding_value=padding)
