@@ -238,15 +238,15 @@ def test_a_continued_parse_drafts_from_the_pages_before(vlm, documents, tmp_path
     """A copy of a page that was done before the kill takes fewer forwards than it did."""
     for number in range(3):
         shutil.copy(documents / "p0.png", documents / f"q{number}.png")
-    out = tmp_path / "out"
-    command = ["parse", documents, "--model", vlm, *PARSE, "--max-new-tokens", 40, "--out", out]
-    run(*command)
-    whole = records_of(out / "pages.jsonl")
-    lines = (out / "pages.jsonl").read_bytes().splitlines(keepends=True)
+    out = tmp_path / "pages.jsonl"
+    options = ["--model", vlm, *PARSE, "--max-new-tokens", 40, "--out", out]
+    run("parse", documents, *options)
+    whole = records_of(out)
+    lines = out.read_bytes().splitlines(keepends=True)
     for kept in (lines[:-1], []):
-        (out / "pages.jsonl").write_bytes(b"".join(kept))
-        run("parse", documents / "q2.png", *command[2:])
-        last = records_of(out / "pages.jsonl")[-1]
+        out.write_bytes(b"".join(kept))
+        run("parse", documents / "q2.png", *options)
+        last = records_of(out)[-1]
         assert last["text"] == whole[-1]["text"]
         assert (last["tau"] > 2 * whole[0]["tau"]) == bool(kept)
 
