@@ -20,7 +20,7 @@ from mmspec.drafters.reference import Reference
 from mmspec.drafters.trie import NgramTrie
 from mmspec.ocr import Engine, PageText, installed_engines, open_engine, split_into_bands
 from mmspec.pipelines.base import SpeculativePipeline, check_positive
-from mmspec.pipelines.vlm import SpeculativeVLMPipeline, check_bundled, with_bundled
+from mmspec.pipelines.vlm import SpeculativeVLMPipeline, bundled_spec, with_loaded
 from mmspec.pipelines.vlm_inputs import Picture, opened
 from mmspec.pipelines.writing import Prompt, WrittenOutput
 from mmspec.records import Stats
@@ -183,10 +183,11 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         Raises:
             ValueError: If the model's family, the drafter or the schedule is unknown.
         """
-        check_bundled(drafter)
+        drafter = bundled_spec(drafter)
+        _name_of(drafter)
         reader = SpeculativeVLMPipeline.from_pretrained(id_or_path, **kwargs)
-        options = {name: kwargs[name] for name in ("dtype", "device_map") if name in kwargs}
-        pipe = cls(reader, drafter=with_bundled(drafter, **options))
+        options = {"dtype": kwargs.get("dtype") or "auto", "device_map": kwargs.get("device_map")}
+        pipe = cls(reader, drafter=with_loaded(drafter, **options))
         pipe.prompt = PARSE_PROMPTS.get(str(id_or_path), pipe.prompt)
         return pipe
 

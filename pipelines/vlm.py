@@ -94,11 +94,11 @@ class SpeculativeVLMPipeline(WritingPipeline):
         name = str(id_or_path)
         path = bundled_path(name) if name.startswith("bundled:") else id_or_path
         processor = AutoProcessor.from_pretrained(path)
-        check_bundled(drafter)
+        drafter = bundled_spec(drafter)
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype or "auto", device_map=device_map, **kwargs
         )
-        drafter = with_bundled(drafter, dtype=dtype or "auto", device_map=device_map)
+        drafter = with_loaded(drafter, dtype=dtype or "auto", device_map=device_map)
         return cls(model, processor, drafter=drafter, schedule=schedule, image_cache=image_cache)
 
     @classmethod
@@ -247,31 +247,35 @@ class SpeculativeVLMPipeline(WritingPipeline):
         return {**encoded, **pixels}
 
 
-def check_bundled(drafter: DrafterSpec) -> None:
-    """Refuses a drafter that is not bundled though its name says so; loads nothing.
-
-    Raises:
-        ValueError: With what is bundled.
-    """
-    name = drafter.get("model") if isinstance(drafter, Mapping) else drafter
-    if isinstance(name, str) and name.startswith("bundled:"):
-        bundled_path(name)
-
-
-def with_bundled(drafter: DrafterSpec, **options: Any) -> DrafterSpec:
-    """A drafter whose bundled model, if it names one, is loaded.
-
-    Args:
-        drafter: As `SpeculativeVLMPipeline.from_pretrained` takes it.
-        **options: Of the model's ``from_pretrained``.
+def bundled_spec(drafter: DrafterSpec) -> DrafterSpec:
+    """A bundled drafter's name as a mapping; anything else as it is. Loads nothing.
 
     Raises:
         ValueError: If nothing bundled has the name.
     """
     if isinstance(drafter, str) and drafter.startswith("bundled:"):
         drafter = {"name": "model", "model": drafter, "visual_tokens": "all"}
-    name = drafter.get("model") if isinstance(drafter, Mapping) else None
-    if not (isinstance(name, str) and name.startswith("bundled:")):
+    name = _bundled_model(drafter)
+    if name is not None:
+        bundled_path(name)
+    return drafter
+
+
+def with_loaded(drafter: DrafterSpec, **options: Any) -> DrafterSpec:
+    """A drafter whose bundled model, if it names one, is loaded.
+
+    Args:
+        drafter: As `bundled_spec` returns it.
+        **options: Of the model's ``from_pretrained``.
+    """
+    name = _bundled_model(drafter)
+    if name is None:
         return drafter
-    model = AutoModelForImageTextToText.from_pretrained(bundled_path(name), **options).eval()
-    return {**drafter, "model": model}
+    model = AutoModelForImageTextToText.from_pretrained(bundled_path(name), **options)
+    assert isinstance(drafter, Mapping)
+    return {**drafter, "model": model.eval()}
+
+
+def _bundled_model(drafter: DrafterSpec) -> str | None:
+    name = drafter.get("model") if isinstance(drafter, Mapping) else None
+    return name if isinstance(name, str) and name.startswith("bundled:") else None

@@ -99,7 +99,8 @@ def test_a_bundled_drafter_is_loaded_by_its_name(drafted):
     out = pipe(chat("Convert to Markdown."), images=page, max_new_tokens=480)
     assert out.tokens[0].tolist() == drafted.tokens[0].tolist()
     assert out.stats.tau > 3
-    assert pipe.drafter["model"].dtype == torch.float32
+    pipe.to(torch.float64)
+    assert pipe.drafter["model"].dtype == pipe.dtype == torch.float64
     blind = {"name": "model", "model": "bundled:pages-drafter"}
     document = SpeculativeDocumentPipeline.from_pretrained("bundled:pages", drafter=blind)
     assert document.drafter["model"].config.text_config.num_hidden_layers == 3

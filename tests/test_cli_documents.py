@@ -234,21 +234,28 @@ def test_a_killed_parse_is_continued(vlm, documents, tmp_path, batch_size):
     assert "line 1 was made with other settings: dpi 36 (asked for: 72)" in line
 
 
-def test_a_continued_parse_drafts_from_the_pages_before(vlm, documents, tmp_path):
-    """A copy of a page that was done before the kill takes fewer forwards than it did."""
-    for number in range(3):
-        shutil.copy(documents / "p0.png", documents / f"q{number}.png")
+def test_a_continued_parse_drafts_from_the_pages_before(vlm, documents, tmp_path, monkeypatch):
+    recalled = []
+    own = SpeculativeDocumentPipeline.remember
+
+    def remember(pipe, texts):
+        recalled.append((pipe.store.num_tokens, list(texts)))
+        own(pipe, texts)
+        assert pipe.store.num_tokens > 0
+
+    monkeypatch.setattr(SpeculativeDocumentPipeline, "remember", remember)
     out = tmp_path / "pages.jsonl"
-    options = ["--model", vlm, *PARSE, "--max-new-tokens", 40, "--out", out]
-    run("parse", documents, *options)
-    whole = records_of(out)
+    command = ["parse", documents, "--model", vlm, *PARSE, "--out", out]
+    run(*command)
+    assert not recalled  # the first run has no pages before it
+    whole = without_figures(out)
     lines = out.read_bytes().splitlines(keepends=True)
-    for kept in (lines[:-1], []):
-        out.write_bytes(b"".join(kept))
-        run("parse", documents / "q2.png", *options)
-        last = records_of(out)[-1]
-        assert last["text"] == whole[-1]["text"]
-        assert (last["tau"] > 2 * whole[0]["tau"]) == bool(kept)
+    out.write_bytes(b"".join(lines[:2]) + lines[2][:60])
+    run(*command)
+    assert recalled == [(0, [record["text"] for record in whole[:2]])]
+    assert without_figures(out) == whole
+    run(*command)
+    assert len(recalled) == 1  # nothing was missing, and no model was loaded
 
 
 def test_only_the_latest_pages_are_recalled(tmp_path, monkeypatch):
