@@ -217,8 +217,8 @@ class NoiseWindow:
             host_lengths: The same on the host, so that nothing is read.
             num_positions: N.
             offset: Positions to skip.
-            room: Tokens that any row may still get; behind them no noise is made, and what is
-                given there is meaningless.
+            room: Tokens that any row may still get, at least 1; behind them no noise is made, and
+                what is given there is meaningless.
         """
         reach = offset + num_positions
         if reach + self._ahead > self._size:
@@ -229,7 +229,7 @@ class NoiseWindow:
             for length, made in zip(host_lengths, self._made_until, strict=True)
         )
         if missing > 0:
-            end = min(reach + self._ahead, max(room, 1))
+            end = min(reach + self._ahead, room)
             self._make(lengths_B, host_lengths, end, missing + end - min(reach, room))
         if len(set(host_lengths)) == 1:
             # Rows of one length want the same piece of the ring.
