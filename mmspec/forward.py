@@ -193,7 +193,8 @@ class SlotForward:
             depth_BN=node.expand(num_rows, -1),
             ancestors_BNN=_seen(node, num_cached, wholes).expand(num_rows, -1, -1),
             positions_BN=cached_B[:, None] + node,
-            is_chain=True,
+            # What sees ahead is a chain only to an empty cache, where the model masks.
+            is_chain=max(num_cached) == 0 or not any(wholes),
             keep=self._kept(last_R, chunk.device) if num_nodes > 1 else None,
             allow_compiled=False,
             rows=rows,
@@ -268,7 +269,10 @@ class SlotForward:
         # windows, prefixes and images that see themselves whole among them.
         is_short = self._window is None or extent < self._window
         is_plain = is_chain and is_even and (longest == 0 or (num_nodes == 1 and is_short))
-        mask = None if is_plain else self._mask(cached_B, ancestors_BNN, depth_BN, extent)
+        mask = None
+        if not is_plain:
+            past = longest if is_chain and is_even else None
+            mask = self._mask(cached_B, ancestors_BNN, depth_BN, extent, past)
         # Padding may stand behind the last position that the model knows.
         if self._max_position is not None and longest + num_nodes > self._max_position:
             positions_BN = positions_BN.clamp(max=self._max_position - 1)
@@ -294,14 +298,24 @@ class SlotForward:
         return spread.index_copy_(0, torch.tensor(fed, device=spread.device), answer_RN)
 
     def _mask(
-        self, cached_B: Tensor, ancestors_BNN: Tensor, depth_BN: Tensor, extent: int
+        self,
+        cached_B: Tensor,
+        ancestors_BNN: Tensor,
+        depth_BN: Tensor,
+        extent: int,
+        past: int | None,
     ) -> Tensor | dict[str, Tensor]:
+        """What each node may see, as a number to add; ``past`` is set for chains of one length."""
         # Added to the scores: eager attention wants it so, and sdpa would convert in each layer.
         # The least number, not -inf: a padding node that sees nothing must not turn into NaN.
         dtype, device = self.model.dtype, depth_BN.device
         least = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
 
         def build(window: int | None) -> Tensor:
+            if past is not None and (window is None or extent <= window):
+                # Each node sees the cached tokens, the nodes before it and itself.
+                causal_NS = least.repeat(depth_BN.shape[1], extent).triu_(past + 1)
+                return causal_NS.expand(len(depth_BN), 1, -1, -1)
             mask = slot_mask(cached_B, ancestors_BNN, depth_BN, extent, window)
             return torch.where(mask, torch.zeros_like(least), least)
 
