@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler
+from diffusers import FlowMapEulerDiscreteScheduler
 from torch import Tensor
 
 from mmspec.adapters.block_video import Context, Prompt
@@ -26,6 +26,7 @@ from mmspec.bench.measure import Budget, Sample, csv, final_line, open_store, pr
 from mmspec.bench.report import Output, percent, publish, table
 from mmspec.bench.step_chain import NOISES, Sampler, StepRows, step_engine
 from mmspec.noise import row_keys
+from mmspec.pipelines import SpeculativeVideoPipeline
 from mmspec.records import StepRecord
 
 COUNTS = ("steps", "forwards", "states", "tested", "accepted")
@@ -213,9 +214,10 @@ def main(
     facts = provenance(torch.device("cpu"))
     store = open_store(out, "denoising_steps", label, facts)
     names, places = ["frozen", "model"], [("mixture", int(size)) for size in csv(dims)]
-    pipes = [DiffusionPipeline.from_pretrained(path) for path in (target, drafter) if path]
+    pipe = None
     if target:
-        names, places = names[: len(pipes)], [(target.name, None)]
+        pipe = SpeculativeVideoPipeline.from_pretrained(target, drafter=drafter)
+        names, places = names[: 1 + (drafter is not None)], [(target.name, None)]
     found, missing = [], []
     for noise, (model, size), num_steps, name in product(
         NOISES, places, map(int, csv(steps)), names
@@ -227,13 +229,11 @@ def main(
             missing.append(key)
             continue
         if key not in store:
-            if size:
+            if pipe is None:
                 figures = run_toy(size, num_steps, noise, name, window, rows)
             else:
-                draft = pipes[1] if name == "model" else None
-                figures = run_video(
-                    pipes[0], draft, num_steps, noise, window, side, prompts.split(";")
-                )
+                draft, texts = pipe.drafter if name == "model" else None, prompts.split(";")
+                figures = run_video(pipe.target, draft, num_steps, noise, window, side, texts)
             store.add([{"key": key, **place, **figures}])
         sample = store.samples[key]
         found.append({"type": "row"} | {k: sample[k] for k in [*place, *COUNTS]})
