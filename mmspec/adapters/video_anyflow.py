@@ -22,6 +22,8 @@ from mmspec.checks import is_integer, is_list, require
 class FarModel:
     """`AnyFlowFARTransformer3DModel` and its flow-map scheduler.
 
+    Every tensor may have several rows, always as many: videos that stand at the same block.
+
     Attributes:
         num_prefills: How often it has read the committed latents.
     """
@@ -51,7 +53,7 @@ class FarModel:
     ) -> Tensor:
         """As `BlockModel.denoise`; the context is read when it is another than last time."""
         if self._cache is None:
-            self._cache = self._empty_cache()
+            self._cache = self._empty_cache(len(sample) * self._num_copies)
         if context.blocks and self._cached is not context:
             self._read(context)
         self._scheduler.set_timesteps(num_steps, device=self._transformer.device)
@@ -66,10 +68,11 @@ class FarModel:
         time = scheduler.timesteps[step]
         end = scheduler.sigmas[step + 1] * scheduler.config.num_train_timesteps
         index = len(context.blocks)
+        copies_BFCHW = self._copied(state_BFCHW)
         velocity, _ = self._transformer(
-            hidden_states=self._copied(state_BFCHW),
-            timestep=time.expand(self._num_copies, num_frames),
-            r_timestep=end.expand(self._num_copies, num_frames),
+            hidden_states=copies_BFCHW,
+            timestep=time.expand(len(copies_BFCHW), num_frames),
+            r_timestep=end.expand(len(copies_BFCHW), num_frames),
             encoder_hidden_states=self._embeds(context),
             chunk_partition=list(self._layout.block_sizes[: index + 1]),
             kv_cache=self._cache,
@@ -109,7 +112,7 @@ class FarModel:
         self._cached = context
         self.num_prefills += 1
 
-    def _empty_cache(self) -> dict[int, dict[str, Tensor]]:
+    def _empty_cache(self, num_rows: int) -> dict[int, dict[str, Tensor]]:
         """Room for the full blocks and for the ones that are compressed."""
         config, layout = self._transformer.config, self._layout
         largest, num_blocks = max(layout.block_sizes), len(layout.block_sizes)
@@ -120,7 +123,7 @@ class FarModel:
             num_tokens = num_frames * (layout.height // patch[1]) * (layout.width // patch[2])
             heads, size = config.num_attention_heads, config.attention_head_dim
             return torch.zeros(
-                (2, self._num_copies, heads, num_tokens, size),
+                (2, num_rows, heads, num_tokens, size),
                 device=self._transformer.device,
                 dtype=self._transformer.dtype,
             )
