@@ -112,5 +112,7 @@ def _with_padding(
         return key, value, None
     bias = torch.zeros(1, key.shape[2] + 1, dtype=key.dtype, device=key.device)
     bias[:, -1] = math.log(num_padded)
-    key, value = (torch.cat([part, torch.zeros_like(part[:, :, :1])], dim=2) for part in (key, value))
+    key, value = (
+        torch.cat([part, torch.zeros_like(part[:, :, :1])], dim=2) for part in (key, value)
+    )
     return key, value, bias

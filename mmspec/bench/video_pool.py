@@ -287,9 +287,7 @@ def _joined_memory(memories: Sequence[Sequence[Any]]) -> list[Any]:
     """One memory of the VAE's layers, of those of several videos that stand at the same block."""
     columns = zip(*memories, strict=True)
     # A layer that has seen one frame may hold a mark, the same in every video.
-    return [
-        torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns
-    ]
+    return [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
 
 
 def _split_memory(memory: Sequence[Any], num_rows: int) -> list[list[Any]]:
