@@ -60,6 +60,8 @@ _NOT_MEASURED = (
     "report.py",
     "support.py",
     "training",
+    "video_figure.py",
+    "video_report.py",
 )
 
 

@@ -142,9 +142,9 @@ class Decisions:
         )
 
 
-#: Krea Realtime 14B, Wan 2.1 1.3B and ImageReward on two A6000 at 832 x 480, fitted to the tables of
-#: SDVG (arXiv:2604.17397): nine blocks of twelve pictures, of which four steps are announced and
-#: five are taken.
+#: Krea Realtime 14B, Wan 2.1 1.3B and ImageReward on two A6000 at 832 x 480, fitted to the tables
+#: of SDVG (arXiv:2604.17397): nine blocks of twelve pictures, five steps each where the paper says
+#: four.
 PUBLISHED = Costs(
     target_forward=1.66,
     target_read=0.8 * 1.66,

@@ -1,0 +1,269 @@
+"""Video: quality against time of routers, beside the target, the drafter and blind baselines.
+
+Every setup makes the videos of the same prompts from the same noise. Quality is judged by something
+that no router looks at; time is counted (steps, readings, decoded blocks, scored pictures, each
+with its measured price) and, on some prompts, taken by the clock. Thresholds come from other
+prompts than those that are judged.
+
+Videos for quality are made together, by `mmspec.bench.video_pool`: blocks with the same past are
+computed once, and in batches. Those that are timed are made one at a time by the pipeline itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from mmspec.bench.measure import (
+    Budget,
+    Sample,
+    csv,
+    final_line,
+    open_store,
+    provenance,
+    rounded,
+    slug,
+    stem,
+)
+from mmspec.bench.report import Output, publish
+from mmspec.bench.tasks import Unavailable, left_out, run_tasks, samples_of
+from mmspec.bench.video_costs import PUBLISHED
+from mmspec.bench.video_figure import draw_figure
+from mmspec.bench.video_report import measured_costs, sections, summarise
+from mmspec.bench.video_runs import (
+    Videos,
+    measure_quality,
+    measure_scores,
+    set_thresholds,
+    time_tasks,
+)
+from mmspec.bench.video_setups import (
+    ATTENTION,
+    Pair,
+    Setup,
+    default_setups,
+    load_pair,
+    load_scorer,
+)
+from mmspec.checks import require, require_known
+from mmspec.routers.scoring import Scorer
+
+#: Scorers that are compared where their weights are present.
+SCORERS = (
+    *("temporal", "sharpness", "noise", "brisque"),
+    *("image-reward", "clip-score", "pick-score", "hps"),
+)
+COSTS = ("measured", "published")
+#: Prompts whose videos are made together.
+CHUNK = 8
+
+
+def run(
+    model: Annotated[str, typer.Option(help="A bundled pair, NAME and NAME-drafter.")] = "clips",
+    setups: Annotated[
+        str, typer.Option(help="As first-block+temporal@0.5,never/stitch:2; default: a selection.")
+    ] = "default",
+    scorers: Annotated[str, typer.Option(help="Of the default setups.")] = ",".join(SCORERS),
+    rates: Annotated[str, typer.Option(help="Shares of the drafts that they keep.")] = (
+        "0.25,0.5,0.75"
+    ),
+    prompts: Annotated[int, typer.Option(help="Prompts for quality.")] = 24,
+    calibration: Annotated[int, typer.Option(help="Other prompts, for the thresholds.")] = 24,
+    timed: Annotated[int, typer.Option(help="Prompts whose videos are timed.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Repetitions of the timed videos.")] = 2,
+    costs: Annotated[
+        str, typer.Option(help="Prices of the model seconds: measured, or published.")
+    ] = "measured",
+    attention: Annotated[
+        str, typer.Option(help="Of all systems: dense, or flex as in diffusers, slow on a CPU.")
+    ] = "dense",
+    minutes: Annotated[float | None, typer.Option(help="Stop then; run again to go on.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise; prompt k takes SEED + k.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of samples and report.")] = Path("mmspec-bench"),
+    label: Annotated[str, typer.Option(help="Part of the names of the files.")] = "",
+    json_only: Annotated[bool, typer.Option("--json", help="Only the last line.")] = False,
+) -> dict[str, Any]:
+    """Measure routers of block-wise video: quality, time, and a picture of one against the other.
+
+    Returns:
+        The object of the last line; see `mmspec.bench.measure.FINAL_LINE`.
+
+    Raises:
+        ValueError: If an option is out of range.
+        typer.Exit: With code 1 if our target alone was not diffusers' own, to the bit.
+    """
+    stem("video", label)
+    require_known("attention", attention, ATTENTION)
+    require_known("costs", costs, COSTS)
+    numbers = [_rate(rate) for rate in csv(rates)]
+    wanted = csv(scorers, SCORERS)
+    named = None if setups == "default" else [Setup.parse(name) for name in csv(setups)]
+    model = model.removeprefix("bundled:")
+    return compare(
+        load_pair(model, attention, device),
+        chosen=named,
+        scorers=wanted,
+        rates=numbers,
+        sizes={"prompts": prompts, "calibration": calibration, "timed": timed, "repeats": repeats},
+        costs=costs,
+        variant=attention,
+        bundles=[model, f"{model}-drafter"],
+        budget=Budget(minutes),
+        seed=seed,
+        out=out,
+        label=label,
+        output=Output(json_only=json_only),
+    )
+
+
+def compare(
+    pair: Pair,
+    *,
+    chosen: Sequence[Setup] | None,
+    scorers: Sequence[str],
+    rates: Sequence[float],
+    sizes: Mapping[str, int],
+    costs: str,
+    variant: str,
+    bundles: Sequence[str],
+    budget: Budget,
+    seed: int,
+    out: Path,
+    label: str,
+    output: Output,
+) -> dict[str, Any]:
+    """As `run`, for a loaded pair.
+
+    Args:
+        pair: The models.
+        chosen: Setups; None is the default.
+        scorers: Of the default.
+        rates: Of the default.
+        sizes: "prompts", "calibration", "timed" and "repeats", as in `run`.
+        costs: As in `run`.
+        variant: What else samples depend on, for their keys.
+        bundles: Bundled folders that the result depends on.
+        budget: Time.
+        seed: As in `run`.
+        out: As in `run`.
+        label: As in `run`.
+        output: Where to talk to.
+
+    Raises:
+        ValueError: If there are too few prompts, or too few drafts could be judged.
+    """
+    _check_sizes(pair, sizes)
+    missing: list[str] = []
+    loaded = _loaded(scorers if chosen is None else _used(chosen), missing)
+    if chosen is None:
+        chosen = [Setup.parse(name) for name in default_setups(list(loaded), rates, pair)]
+    listed = [setup for setup in chosen if set(setup.scorers) <= set(loaded)]
+    require(len(listed) > 0, "setups", "one or more whose scorers have weights", missing)
+    device = pair.target._execution_device
+    facts = provenance(torch.device(device), bundles)
+    store = open_store(out, "video", label, facts)
+    videos = Videos(pair=pair, scorers=loaded, store=store, seed=seed, variant=variant, chunk=CHUNK)
+    # The last prompts are for thresholds, so that more prompts for quality leave these as they are.
+    indices = range(len(pair.prompts))
+    measured, held_back = (
+        indices[: sizes["prompts"]],
+        indices[len(indices) - sizes["calibration"] :],
+    )
+    scored = dict.fromkeys(key[:2] for setup in listed for key in setup.threshold_keys)
+    measure_scores(videos, list(scored), held_back, output.say)
+    bars = set_thresholds(videos, listed, held_back)
+    tasks = time_tasks(videos, listed, measured[: sizes["timed"]])
+    run_tasks(tasks, sizes["repeats"], store, budget, output.say)
+    measure_quality(videos, listed, measured, budget, output.say)
+    missing += left_out(tasks, sizes["repeats"], store)
+    missing += _unmade(videos, listed, measured)
+    times = samples_of(tasks, sizes["repeats"], store)
+    keys = [videos.video_key(setup, index) for index in measured for setup in listed]
+    found = [store.samples[key] for key in keys if key in store]
+    prices, picture_s = measured_costs(times, pair.num_blocks)
+    if costs == "published":
+        prices = PUBLISHED
+        picture_s = dict.fromkeys(("+".join(setup.scorers) for setup in listed), PUBLISHED.picture)
+    rows = summarise(listed, found, times, prices, picture_s, seed=seed)
+    rows = [row | bars[row["setup"]] for row in rows]
+    tables = sections(rows, prices, picture_s, pair.drafter_steps)
+    for title, text in tables:
+        output.show(title, text)
+    line = final_line(
+        "video",
+        facts,
+        [rounded(row) for row in rows],
+        left_out=missing,
+        failures=_failures(times, found),
+        time_s=budget.elapsed_s,
+    )
+    if rows:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{stem('video', label)}_{slug(line['device'])}_{line['date']}.png"
+        draw_figure(rows, path)
+        output.say(f"figure: {path}")
+    return publish(line, tables, out, output)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    require(0 < rate < 1, "rates", "numbers in (0, 1)", text)
+    return rate
+
+
+def _check_sizes(pair: Pair, sizes: Mapping[str, int]) -> None:
+    for name in ("prompts", "calibration", "timed", "repeats"):
+        require(sizes[name] >= 1, name, "an integer >= 1", sizes[name])
+    require(sizes["timed"] <= sizes["prompts"], "timed", "at most prompts", sizes["timed"])
+    total = sizes["prompts"] + sizes["calibration"]
+    rule = f"no more together than the {len(pair.prompts)} held-out prompts of {pair.name}"
+    require(total <= len(pair.prompts), "prompts and calibration", rule, total)
+
+
+def _used(setups: Sequence[Setup]) -> list[str]:
+    return list(dict.fromkeys(name for setup in setups for name in setup.scorers))
+
+
+def _loaded(names: Sequence[str], missing: list[str]) -> dict[str, Scorer]:
+    """The scorers that can be had; the others are noted."""
+    loaded = {}
+    for name in names:
+        try:
+            loaded[name] = load_scorer(name)
+        except Unavailable as error:
+            missing.append(f"{name}: {error}")
+    return loaded
+
+
+def _unmade(videos: Videos, setups: Sequence[Setup], indices: Sequence[int]) -> list[str]:
+    keys = [[videos.video_key(setup, index) for setup in setups] for index in indices]
+    count = sum(not videos.store.has(of_prompt) for of_prompt in keys)
+    return [f"quality: {count} of {len(indices)} prompts not complete"] if count else []
+
+
+def _failures(times: Sequence[Sample], found: Sequence[Sample]) -> list[str]:
+    """Exactness, and that the videos that are judged are those of single runs."""
+    failures = [
+        f"prompt {s['prompt']}: never differs from diffusers"
+        for s in times
+        if not s.get("is_equal", True)
+    ]
+    together = {(s["setup"], s["prompt"]): s["sources"] for s in found}
+    for s in times:
+        other = together.get((s["system"], s["prompt"]))
+        if other is not None and other != s["sources"]:
+            failures.append(
+                f"prompt {s['prompt']}: {s['system']} made {s['sources']} alone and {other} in a "
+                "batch"
+            )
+    return failures
+
+
+if __name__ == "__main__":
+    typer.run(run)
