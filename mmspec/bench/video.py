@@ -162,16 +162,13 @@ def compare(
         chosen = [Setup.parse(name) for name in default_setups(list(loaded), rates, pair)]
     listed = [setup for setup in chosen if set(setup.scorers) <= set(loaded)]
     require(len(listed) > 0, "setups", "one or more whose scorers have weights", missing)
+    _check_stitches(pair, listed)
     device = pair.target._execution_device
     facts = provenance(torch.device(device), bundles)
     store = open_store(out, "video", label, facts)
     videos = Videos(pair=pair, scorers=loaded, store=store, seed=seed, variant=variant, chunk=CHUNK)
-    # The last prompts are for thresholds, so that more prompts for quality leave these as they are.
-    indices = range(len(pair.prompts))
-    measured, held_back = (
-        indices[: sizes["prompts"]],
-        indices[len(indices) - sizes["calibration"] :],
-    )
+    measured = range(sizes["prompts"])
+    held_back = range(pair.num_judged, pair.num_judged + sizes["calibration"])
     scored = dict.fromkeys(key[:2] for setup in listed for key in setup.threshold_keys)
     measure_scores(videos, list(scored), held_back, output.say)
     bars = set_thresholds(videos, listed, held_back)
@@ -221,9 +218,19 @@ def _check_sizes(pair: Pair, sizes: Mapping[str, int]) -> None:
     for name in ("prompts", "calibration", "timed", "repeats"):
         require(sizes[name] >= 1, name, "an integer >= 1", sizes[name])
     require(sizes["timed"] <= sizes["prompts"], "timed", "at most prompts", sizes["timed"])
-    total = sizes["prompts"] + sizes["calibration"]
-    rule = f"no more together than the {len(pair.prompts)} held-out prompts of {pair.name}"
-    require(total <= len(pair.prompts), "prompts and calibration", rule, total)
+    num_others = len(pair.prompts) - pair.num_judged
+    for name, most in (("prompts", pair.num_judged), ("calibration", num_others)):
+        rule = f"at most {most}, the held-out prompts of {pair.name} for it"
+        require(sizes[name] <= most, name, rule, sizes[name])
+
+
+def _check_stitches(pair: Pair, setups: Sequence[Setup]) -> None:
+    """Thresholds hold for drafts of as many steps as those that were scored."""
+    steps = pair.options["num_inference_steps"]
+    for setup in setups:
+        is_good = setup.stitch is None or not setup.scorers or steps == pair.drafter_steps
+        rule = f"one without accept rates, for drafts take {pair.drafter_steps} steps of {steps}"
+        require(is_good, "a setup with stitch", rule, setup.name)
 
 
 def _used(setups: Sequence[Setup]) -> list[str]:

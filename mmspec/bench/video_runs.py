@@ -66,10 +66,17 @@ class Videos:
         bars = [f"{self.thresholds[key]:.9g}" for key in setup.threshold_keys]
         return f"video/{self.key}/{'/'.join([setup.name, *bars])}/{index}"
 
-    def call(self, index: int) -> dict[str, Any]:
-        """Arguments of a call."""
-        generator = torch.Generator().manual_seed(self.seed + index)
-        return dict(self.pair.options) | {"generator": generator, "output_type": "pt"}
+    def noise(self, index: int) -> torch.Generator:
+        """What the video of a prompt is made from, in every setup."""
+        return torch.Generator().manual_seed(self.seed + index)
+
+    def call(self, setup: Setup, index: int) -> dict[str, Any]:
+        """Arguments of our call, but the router."""
+        options = dict(self.pair.options)
+        if setup.stitch is not None:
+            # Two models can only share a block that both make in the same steps.
+            options |= {"stitch": setup.stitch, "drafter_steps": options["num_inference_steps"]}
+        return options | {"generator": self.noise(index), "output_type": "pt"}
 
 
 # --------------------------------------------------------------------------- in a pool
@@ -177,9 +184,7 @@ def _pooled(
             router = setup.router(
                 thresholds, lambda name: MeteredScorer(videos.scorers[name], meter, results)
             )
-            out = pipe(
-                pair.prompts[index], router=router, stitch=setup.stitch, **videos.call(index)
-            )
+            out = pipe(pair.prompts[index], router=router, **videos.call(setup, index))
             return out, _figures(out, meter) | {"decodes": pipe.num_decoded}
 
         return make
@@ -267,10 +272,7 @@ def _timed(videos: Videos, pipe: SpeculativeVideoPipeline, setup: Setup, index: 
             with TransformerClock(pipe.drafter.transformer) as drafter:
                 out, time_s = timed(
                     lambda: pipe(
-                        videos.pair.prompts[index],
-                        router=router,
-                        stitch=setup.stitch,
-                        **videos.call(index),
+                        videos.pair.prompts[index], router=router, **videos.call(setup, index)
                     ),
                     pipe.device,
                 )
@@ -300,10 +302,11 @@ def _timed(videos: Videos, pipe: SpeculativeVideoPipeline, setup: Setup, index: 
 
 def _timed_diffusers(videos: Videos, index: int) -> System:
     def measure(repeat: int) -> Sample:
-        pipe, options = videos.pair.target, videos.call(index)
-        options.pop("drafter_steps", None)
-        options.pop("drafter_guidance_scale", None)
+        pipe, options = videos.pair.target, dict(videos.pair.options)
+        for name in ("drafter_steps", "drafter_guidance_scale"):
+            options.pop(name, None)
         options["chunk_partition"] = options.pop("block_sizes", None)
+        options |= {"generator": videos.noise(index), "output_type": "pt"}
         out, time_s = timed(
             lambda: pipe(videos.pair.prompts[index], **options), pipe._execution_device
         )

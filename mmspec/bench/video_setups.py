@@ -47,7 +47,8 @@ class Pair:
         target: A pipeline of diffusers.
         drafter: Another.
         options: Of a call: sizes, steps, guidance, blocks.
-        prompts: To make videos of.
+        prompts: To make videos of, and behind them those for thresholds.
+        num_judged: Of the prompts, those that are judged.
         quality: Judges them. No router may look at what it looks at.
     """
 
@@ -56,6 +57,7 @@ class Pair:
     drafter: Any
     options: Mapping[str, Any]
     prompts: Sequence[str]
+    num_judged: int
     quality: Quality
 
     @property
@@ -75,6 +77,10 @@ class Pair:
         return self.options.get("drafter_steps", self.options["num_inference_steps"])
 
 
+#: Of a pair's defaults, what is no option of a call, and the router, for routers are compared.
+_NO_OPTIONS = ("fps", "router")
+
+
 def load_pair(name: str, attention: str, device: str) -> Pair:
     """Loads a bundled pair: the folders NAME and NAME-drafter.
 
@@ -91,16 +97,22 @@ def load_pair(name: str, attention: str, device: str) -> Pair:
         for one in (pipe.target, pipe.drafter):
             use_dense_attention(one.transformer)
     options = json.loads((folder / "defaults.json").read_text(encoding="utf-8"))
-    # The routers are what is compared.
-    options.pop("router", None)
+    for name_of_other in _NO_OPTIONS:
+        options.pop(name_of_other, None)
     lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    splits = {
+        is_calibration: [e for e in entries if (e["split"] == "calibration") is is_calibration]
+        for is_calibration in (False, True)
+    }
     scoring = importlib.import_module(f"mmspec.assets.{name}.scoring")
     return Pair(
         name=name,
         target=pipe.target,
         drafter=pipe.drafter,
         options=options,
-        prompts=[json.loads(line)["prompt"] for line in lines],
+        prompts=[entry["prompt"] for entry in (*splits[False], *splits[True])],
+        num_judged=len(splits[False]),
         quality=scoring.score_clips,
     )
 
@@ -197,14 +209,10 @@ def default_setups(scorers: Sequence[str], rates: Sequence[float], pair: Pair) -
     names += [f"every:{step}" for step in (2, 3, 4) if step < pair.num_blocks]
     for scorer in scorers:
         names += [f"first-block+{scorer}@{rate:g}" for rate in rates]
-    middle = f"{rates[len(rates) // 2]:g}"
     names += [f"temporal@{rate:g}" for rate in rates] if "temporal" in scorers else []
     steps = pair.options["num_inference_steps"]
-    if steps == pair.drafter_steps:
-        names += [f"never/stitch:{k}" for k in range(1, steps)]
-        if "temporal" in scorers and steps > 1:
-            names.append(f"first-block+temporal@{middle}/stitch:{steps // 2}")
-    return names
+    shares_of_steps = {max(1, steps * quarters // 4) for quarters in (1, 2, 3)}
+    return names + [f"never/stitch:{k}" for k in sorted(shares_of_steps)]
 
 
 def baseline_of(name: str, setups: Sequence[str]) -> list[str]:

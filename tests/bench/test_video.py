@@ -40,7 +40,7 @@ def pair():
         use_dense_attention(one.transformer)
     return Pair(
         name="tiny", target=target, drafter=drafter, options=OPTIONS, prompts=PROMPTS,
-        quality=brightness,
+        num_judged=4, quality=brightness,
     )  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def test_bad_options_are_refused(options, message, tmp_path):
 
 
 def test_bad_sizes_are_refused(pair, tmp_path):
-    with pytest.raises(ValueError, match="prompts and calibration must be no more together than"):
+    with pytest.raises(ValueError, match="prompts must be at most 4, the held-out prompts of tiny"):
         measure(pair, tmp_path, prompts=5)
     with pytest.raises(ValueError, match="timed must be at most prompts, got 3"):
         measure(pair, tmp_path, timed=3)
