@@ -23,17 +23,17 @@ from mmspec.bench.measure import (
     final_line,
     open_store,
     provenance,
-    rounded,
     slug,
     stem,
 )
 from mmspec.bench.report import Output, publish
 from mmspec.bench.tasks import Unavailable, left_out, run_tasks, samples_of
-from mmspec.bench.video_costs import PUBLISHED
+from mmspec.bench.video_costs import PUBLISHED, Costs
 from mmspec.bench.video_figure import draw_figure
 from mmspec.bench.video_report import measured_costs, sections, summarise
 from mmspec.bench.video_runs import (
     Videos,
+    exit_rows,
     measure_quality,
     measure_scores,
     set_thresholds,
@@ -180,29 +180,37 @@ def compare(
     times = samples_of(tasks, sizes["repeats"], store)
     keys = [videos.video_key(setup, index) for index in measured for setup in listed]
     found = [store.samples[key] for key in keys if key in store]
-    prices, picture_s = measured_costs(times, pair.num_blocks)
-    if costs == "published":
-        prices = PUBLISHED
-        picture_s = dict.fromkeys(("+".join(setup.scorers) for setup in listed), PUBLISHED.picture)
-    rows = summarise(listed, found, times, prices, picture_s, seed=seed)
-    rows = [row | bars[row["setup"]] for row in rows]
-    tables = sections(rows, prices, picture_s, pair.drafter_steps)
+    prices, picture_s = _prices(costs, times, pair, listed)
+    rows, exits = [], exit_rows(videos, listed, held_back)
+    if times or costs == "published":
+        rows = summarise(listed, found, times, prices, picture_s, seed=seed)
+        rows = [row | bars[row["setup"]] for row in rows]
+    tables = sections(rows, exits, prices, picture_s, pair.drafter_steps)
     for title, text in tables:
         output.show(title, text)
     line = final_line(
         "video",
         facts,
-        [rounded(row) for row in rows],
+        [*rows, *exits],
         left_out=missing,
-        failures=_failures(times, found),
+        failures=_failures(times),
         time_s=budget.elapsed_s,
     )
     if rows:
-        out.mkdir(parents=True, exist_ok=True)
         path = out / f"{stem('video', label)}_{slug(line['device'])}_{line['date']}.png"
         draw_figure(rows, path)
         output.say(f"figure: {path}")
     return publish(line, tables, out, output)
+
+
+def _prices(
+    costs: str, times: Sequence[Sample], pair: Pair, setups: Sequence[Setup]
+) -> tuple[Costs, dict[str, float]]:
+    """Of everything but pictures, and of a picture by the scorers that look at it."""
+    if costs == "measured":
+        return measured_costs(times, pair.num_blocks)
+    scorers = ["+".join(setup.scorers) for setup in setups if setup.scorers]
+    return PUBLISHED, dict.fromkeys(scorers, PUBLISHED.picture)
 
 
 def _rate(text: str) -> float:
@@ -254,22 +262,13 @@ def _unmade(videos: Videos, setups: Sequence[Setup], indices: Sequence[int]) -> 
     return [f"quality: {count} of {len(indices)} prompts not complete"] if count else []
 
 
-def _failures(times: Sequence[Sample], found: Sequence[Sample]) -> list[str]:
-    """Exactness, and that the videos that are judged are those of single runs."""
-    failures = [
+def _failures(times: Sequence[Sample]) -> list[str]:
+    """Without drafts the pictures are promised to be those of diffusers."""
+    return [
         f"prompt {s['prompt']}: never differs from diffusers"
         for s in times
         if not s.get("is_equal", True)
     ]
-    together = {(s["setup"], s["prompt"]): s["sources"] for s in found}
-    for s in times:
-        other = together.get((s["system"], s["prompt"]))
-        if other is not None and other != s["sources"]:
-            failures.append(
-                f"prompt {s['prompt']}: {s['system']} made {s['sources']} alone and {other} in a "
-                "batch"
-            )
-    return failures
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Rows and tables of `mmspec bench video`: quality, equal time, costs."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +21,6 @@ from mmspec.bench.video_runs import DIFFUSERS
 from mmspec.bench.video_setups import BASELINES, Setup, baseline_of
 from mmspec.bench.video_statistics import Estimate, Paired
 
-_REFUSED = ("pictures_refused", "offered_refused")
 PHASES = ("target", "draft", "decode", "judge", "rest")
 
 
@@ -89,7 +88,8 @@ def summarise(
     return [
         {"type": "setup", "setup": setup.name, "num_prompts": len(prompts)}
         | _quality_row(setup.name, list(found), paired)
-        | _time_row(setup.name, paired, walls, times)
+        | _time_row(setup.name, paired, walls, [s for s in times if s["system"] == setup.name])
+        | {"same_blocks": _same_blocks(setup.name, times, by_setup[setup.name])}
         | _count_row(found[setup.name], prices[setup.name])
         for setup in setups
     ]
@@ -128,10 +128,9 @@ def _time_row(
     name: str,
     paired: Paired,
     walls: Mapping[str, Mapping[tuple[int, int], float]],
-    times: Sequence[Sample],
+    own: Sequence[Sample],
 ) -> Sample:
     theirs, ours = walls.get(DIFFUSERS, {}), walls.get(name, {})
-    own = [s for s in times if s["system"] == name]
     phases = {p: median(s["phases_s"][p] for s in own) for p in PHASES} if own else {}
     return {
         "model_s": paired.seconds(name),
@@ -142,12 +141,14 @@ def _time_row(
     }
 
 
+def _same_blocks(name: str, times: Sequence[Sample], videos: Mapping[int, Sample]) -> float | None:
+    own = [s for s in times if s["system"] == name and s["prompt"] in videos]
+    return ratio(sum(s["sources"] == videos[s["prompt"]]["sources"] for s in own), len(own))
+
+
 def _count_row(samples: Sequence[Sample], costs: Costs) -> Sample:
     counts = Counts.mean(samples)
-    total = {
-        name: sum(s[name] for s in samples)
-        for name in ("kept", "judged", "pictures", "offered", *_REFUSED)
-    }
+    total = {name: sum(s[name] for s in samples) for name in ("kept", "judged", "offered")}
     num_blocks = sum(len(s["sources"]) for s in samples)
     return {
         "counts": asdict(counts),
@@ -155,7 +156,6 @@ def _count_row(samples: Sequence[Sample], costs: Costs) -> Sample:
         "share_kept_of_judged": ratio(total["kept"], total["judged"] or None),
         "decodes_beyond": counts.decodes - num_blocks / len(samples),
         "judging_share": costs.judging_share(counts),
-        "scored_refused": ratio(total["pictures_refused"], total["offered_refused"] or None),
         "affordable_ms": _milli(affordable(costs, counts)),
         "picture_ms": 1e3 * costs.picture,
         "offered": total["offered"] / len(samples),
@@ -171,12 +171,16 @@ def _milli(seconds: float | None) -> float | None:
 
 
 def sections(
-    rows: Sequence[Sample], costs: Costs, picture_s: Mapping[str, float], drafter_steps: int
+    rows: Sequence[Sample],
+    exits: Sequence[Sample],
+    costs: Costs,
+    picture_s: Mapping[str, float],
+    drafter_steps: int,
 ) -> list[Section]:
     """All tables."""
     if not rows:
         return []
-    refused = refused_share(rows)
+    refused = refused_share(exits)
     published = published_rows(refused)
     return [
         (f"Quality and time, {rows[0]['num_prompts']} prompts", _quality_table(rows)),
@@ -184,18 +188,40 @@ def sections(
         ("What was done per video", _count_table(rows)),
         ("Seconds per video, timed", _phase_table(rows)),
         ("Prices", _price_table(costs, picture_s)),
+        ("Early exit: pictures scored of a refused draft", _exit_table(exits)),
         ("The same decisions in two loops, at published prices", _loop_table(rows, drafter_steps)),
         published_section(published, refused),
     ]
 
 
-def refused_share(rows: Iterable[Sample]) -> float:
-    """Share of the pictures that is scored of blocks that are not kept, over setups that can stop.
+def refused_share(exits: Sequence[Sample]) -> float:
+    """Mean share of the pictures that is scored of a refused draft, over all that were refused."""
+    refused = sum(row["refused"] for row in exits)
+    scored = sum(row["refused"] * row["first"] for row in exits if row["refused"])
+    return scored / refused if refused else 1.0
 
-    A scorer that takes all pictures at once has nothing to stop.
-    """
-    shares = [row["scored_refused"] for row in rows if row["scored_refused"] is not None]
-    return min(shares, default=1.0)
+
+def _exit_table(exits: Sequence[Sample]) -> str:
+    lines = [
+        [
+            "+".join(filter(None, [row["base"], f"{row['scorer']}@{row['rate']:g}"])),
+            row["refused"],
+            *(percent(row[name]) for name in ("first", "last", "worst_before")),
+        ]
+        for row in exits
+    ]
+    headers = [
+        "router",
+        "refused",
+        "first to last",
+        "last to first",
+        "worst of the last block first",
+    ]
+    words = (
+        "On the drafts that the thresholds were made from, one picture at a time, until the first "
+        "below the threshold. The decision is the same in every order."
+    )
+    return f"{words}\n\n{table(headers, lines)}"
 
 
 def _interval(values: Sequence[float] | None, digits: int = 3, scale: float = 1.0) -> str | None:
@@ -254,14 +280,13 @@ def _baseline_table(rows: Sequence[Sample]) -> str:
 def _count_table(rows: Sequence[Sample]) -> str:
     names = list(rows[0]["counts"])
     headers = ["setup", *(name.replace("_", " ") for name in names)]
-    headers += ["decodes beyond the blocks", "kept of judged", "pictures scored of refused"]
+    headers += ["decodes beyond the blocks", "kept of judged"]
     lines = [
         [
             row["setup"],
             *(row["counts"][name] for name in names),
             row["decodes_beyond"],
             percent(row["share_kept_of_judged"]),
-            percent(row["scored_refused"]),
         ]
         for row in rows
     ]
@@ -281,11 +306,16 @@ def _phase_table(rows: Sequence[Sample]) -> str:
             percent(row["phases_s"]["judge"] / sum(row["phases_s"].values())),
             percent(row["judging_share"]),
             row["num_timed"],
+            percent(row["same_blocks"]),
         ]
         for row in timed
     ]
-    headers = ["setup", *PHASES, "judging, wall", "judging, model", "videos"]
-    words = f"Goal for judging: at most {percent(JUDGING_GOAL)}; decoding is counted apart."
+    headers = ["setup", *PHASES, "judging, wall", "judging, model", "videos", "same blocks"]
+    words = (
+        f"Goal for judging: at most {percent(JUDGING_GOAL)}; decoding is counted apart. *Same "
+        "blocks*: of the timed videos, those whose blocks came about as in the batches of the "
+        "videos for quality; rounding may move a score across its threshold."
+    )
     return f"{words}\n\n{table(headers, lines)}"
 
 

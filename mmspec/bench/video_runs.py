@@ -100,8 +100,9 @@ def measure_scores(
                 "key": key_of(score, index),
                 "type": "scores",
                 "scores": [_number(one.score) for one in out.blocks[0] if one.score is not None],
+                "picture_scores": [[*map(_number, block)] for block in made["picture_scores"]],
             }
-            for (score, index), (out, _) in zip(wanted, found, strict=True)
+            for (score, index), (out, made) in zip(wanted, found, strict=True)
         ]
         if samples:
             videos.store.add(samples)
@@ -159,7 +160,7 @@ def measure_quality(
                 "type": "video",
                 "setup": setup.name,
                 "prompt": index,
-                **figures,
+                **{name: value for name, value in figures.items() if name != "picture_scores"},
                 "scores": score,
             }
             for (setup, index), (_, figures), score in zip(wanted, found, scores, strict=True)
@@ -185,18 +186,64 @@ def _pooled(
                 thresholds, lambda name: MeteredScorer(videos.scorers[name], meter, results)
             )
             out = pipe(pair.prompts[index], router=router, **videos.call(setup, index))
-            return out, _figures(out, meter) | {"decodes": pipe.num_decoded}
+            figures = _figures(out, meter) | {"decodes": pipe.num_decoded}
+            return out, figures | {"picture_scores": list(meter.scores.values())}
 
         return make
 
     return pool.run([job(setup, index) for setup, index in wanted])
 
 
+def exit_rows(videos: Videos, setups: Sequence[Setup], indices: Sequence[int]) -> list[Sample]:
+    """How many pictures of a refused draft are scored until it is refused, by the order of them.
+
+    Counted on the drafts that thresholds are made from, one picture at a time.
+    """
+    rows = []
+    for base, scorer, rate in dict.fromkeys(key for s in setups for key in s.threshold_keys):
+        bar = videos.thresholds[base, scorer, rate]
+        names = [f"scores/{videos.key}/{base}+{scorer}/{index}" for index in indices]
+        of_videos = [videos.store.samples[name]["picture_scores"] for name in names]
+        row = {"type": "exit", "base": base, "scorer": scorer, "rate": rate}
+        rows.append(row | count_exits(of_videos, bar))
+    return rows
+
+
+def count_exits(videos: Sequence[Sequence[Sequence[float | None]]], bar: float) -> Sample:
+    """Mean share of the pictures that is scored of a refused draft.
+
+    Args:
+        videos: For each, blocks in order, of each the scores of its pictures; None refuses too.
+        bar: The lowest score that keeps.
+
+    Returns:
+        Refused drafts, and by order the mean share; None where nothing is refused.
+    """
+    shares: dict[str, list[float]] = {name: [] for name in ("first", "last", "worst_before")}
+    for blocks in videos:
+        before = 0
+        for scores in blocks:
+            is_bad = [score is None or score < bar for score in scores]
+            length, worst = len(scores), min(before, len(scores) - 1)
+            orders = {
+                "first": range(length),
+                "last": reversed(range(length)),
+                "worst_before": [worst, *(n for n in range(length) if n != worst)],
+            }
+            if any(is_bad):
+                for name, order in orders.items():
+                    needed = next(k for k, n in enumerate(order, start=1) if is_bad[n])
+                    shares[name].append(needed / length)
+            known = [float("-inf") if score is None else score for score in scores]
+            before = known.index(min(known)) if known else 0
+    refused = len(shares["first"])
+    means = {name: sum(found) / refused if refused else None for name, found in shares.items()}
+    return {"refused": refused, **means}
+
+
 def _figures(out: VideoOutput, meter: Meter) -> Sample:
     """What was done for one video; names as in `mmspec.bench.video_costs.Counts`."""
     [records], stats = out.blocks, out.stats
-    kept = {record.index for record in records if record.source == "drafter"} & set(meter.scored)
-    refused = set(meter.scored) - kept
     return {
         "sources": "".join(record.source[0].upper() for record in records),
         "target_forwards": stats.num_target_forwards,
@@ -208,8 +255,6 @@ def _figures(out: VideoOutput, meter: Meter) -> Sample:
         "judged": len(meter.scored),
         "pictures": sum(meter.scored.values()),
         "offered": sum(meter.offered.values()),
-        "pictures_refused": sum(meter.scored[index] for index in refused),
-        "offered_refused": sum(meter.offered[index] for index in refused),
     }
 
 

@@ -249,11 +249,13 @@ class Meter:
     Attributes:
         scored: Block -> pictures that were scored, by all scorers.
         offered: Block -> pictures that each scorer that was asked would have scored.
+        scores: Block -> scores in order, of a scorer that gives all of them at once.
         time_s: Seconds of scoring, without decoding.
     """
 
     scored: dict[int, int] = field(default_factory=dict)
     offered: dict[int, int] = field(default_factory=dict)
+    scores: dict[int, list[float]] = field(default_factory=dict)
     time_s: float = 0.0
 
 
@@ -288,6 +290,7 @@ class MeteredScorer(Scorer):
             if batch is None:
                 return
             meter.scored[index] = meter.scored.get(index, 0) + len(batch)
+            meter.scores[index] = batch.tolist()
             yield batch
 
     def _fresh(self, block: BlockView) -> Iterator[Tensor]:

@@ -67,7 +67,9 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
     check_final_line(line)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == line
     assert (line["failures"], line["left_out"]) == ([], [])
-    rows = {row["setup"]: row for row in line["rows"]}
+    rows = {row["setup"]: row for row in line["rows"] if row["type"] == "setup"}
+    assert {row["same_blocks"] for row in rows.values()} == {1}
+    assert len([row for row in line["rows"] if row["type"] == "exit"]) == 3
     assert list(rows) == SETUPS.split(",")
     assert rows["never"]["counts"] == {
         "target_forwards": 6, "target_reads": 2, "drafter_forwards": 0, "drafter_reads": 0,
@@ -93,7 +95,7 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
     assert (tmp_path / "video.jsonl").read_text() == samples
     assert again["rows"] == line["rows"]
     more = measure(pair, tmp_path, prompts=3)
-    assert {row["num_prompts"] for row in more["rows"]} == {3}
+    assert {row["num_prompts"] for row in more["rows"] if row["type"] == "setup"} == {3}
     added = (tmp_path / "video.jsonl").read_text().removeprefix(samples).splitlines()
     assert {json.loads(one)["prompt"] for one in added} == {2}
     [report] = tmp_path.glob("video_*.md")
@@ -102,7 +104,7 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
 
 def test_what_the_time_did_not_allow_is_said(pair, tmp_path):
     line = measure(pair, tmp_path, setups="never,always", minutes=0)
-    assert line["rows"] == []
+    assert line["rows"] == []  # never and always have no thresholds either
     assert line["left_out"] == [
         "times: 1 of 1 inputs not measured", "quality: 2 of 2 prompts not complete",
     ]  # fmt: skip
@@ -203,6 +205,22 @@ def test_a_bootstrap_repeats_with_its_seed():
     assert first == again
     assert first != other
     assert first.value == other.value == pytest.approx((values[0] - values[1]).mean())
+
+
+def test_pictures_until_a_draft_is_refused_by_order():
+    video_ = [
+        [0.9, 0.8, 0.1, 0.7],  # refused at the third from the front, the second from behind
+        [0.9, 0.9, 0.3, 0.9],  # the worst of the block before is in the same place
+        [0.9, 0.9, 0.9, 0.9],  # kept
+        [None, 0.9],  # one picture that cannot be judged
+    ]
+    counted = video_runs.count_exits([video_], 0.5)
+    assert counted["refused"] == 3
+    assert counted["first"] == pytest.approx((3 / 4 + 3 / 4 + 1 / 2) / 3)
+    assert counted["last"] == pytest.approx((2 / 4 + 2 / 4 + 2 / 2) / 3)
+    assert counted["worst_before"] == pytest.approx((3 / 4 + 1 / 4 + 1 / 2) / 3)
+    assert video_runs.count_exits([video_], -1.0)["refused"] == 1
+    assert video_runs.count_exits([[[0.9]]], 0.5)["first"] is None
 
 
 # --------------------------------------------------------------------------- what is asked
