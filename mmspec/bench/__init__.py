@@ -47,7 +47,8 @@ of threads are the same.
 ``measure`` has the clocks, the forward counter, provenance and the store, ``tasks`` the order of
 work, ``setups``, ``image_setups`` and ``vlm_setups`` the models and the same job given to both
 sides, ``written`` what text, captions and pages share, ``quality`` what pictures show, ``memory``
-the bytes that making them takes, ``report`` and ``image_report`` the tables. Of videos, ``video_setups`` has the models and
-routers, ``video_runs`` and ``video_pool`` the measurements, ``video_costs`` and
-``video_statistics`` the figures, ``video_report`` and ``video_figure`` what is shown.
+the bytes that making them takes, ``report`` and ``image_report`` the tables. Of videos,
+``video_setups`` has the models and routers, ``video_runs`` and ``video_pool`` the measurements,
+``video_costs`` and ``video_statistics`` the figures, ``video_report`` and ``video_figure`` what is
+shown.
 """
