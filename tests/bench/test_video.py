@@ -87,7 +87,8 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
     assert len(rows["first-block+sharpness@0.9+noise@0.5"]["thresholds"]) == 2
     assert set(judged["over"]) == {"random", "first-block+random", "every"}
     [picture] = tmp_path.glob("video_*.png")
-    assert Image.open(picture).size == (960, 600)
+    with Image.open(picture) as drawn:
+        assert drawn.size == (960, 600)
 
     # The same command has nothing left to do; another prompt is added to what is there.
     samples = (tmp_path / "video.jsonl").read_text()
@@ -104,7 +105,7 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
 
 def test_what_the_time_did_not_allow_is_said(pair, tmp_path):
     line = measure(pair, tmp_path, setups="never,always", minutes=0)
-    assert line["rows"] == []  # never and always have no thresholds either
+    assert line["rows"] == []
     assert line["left_out"] == [
         "times: 1 of 1 inputs not measured", "quality: 2 of 2 prompts not complete",
     ]  # fmt: skip
