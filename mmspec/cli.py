@@ -461,6 +461,12 @@ def bench_document(context: typer.Context) -> None:
     _bench(context, "document")
 
 
+@bench_app.command("video", context_settings=_FORWARDED)
+def bench_video(context: typer.Context) -> None:
+    """Routers of block-wise video: quality against time. `mmspec bench video --help`: options."""
+    _bench(context, "video")
+
+
 def main() -> None:
     """The entry point `mmspec`."""
     app()

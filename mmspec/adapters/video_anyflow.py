@@ -22,6 +22,8 @@ from mmspec.checks import is_integer, is_list, require
 class FarModel:
     """`AnyFlowFARTransformer3DModel` and its flow-map scheduler.
 
+    Every tensor may have several rows, always as many: videos that stand at the same block.
+
     Attributes:
         num_prefills: How often it has read the committed latents.
     """
@@ -65,20 +67,21 @@ class FarModel:
         return scheduler.step(velocity, time, state_BFCHW, return_dict=False)[0]
 
     def velocity(self, context: Context, state_BFCHW: Tensor, time: Tensor, end: Tensor) -> Tensor:
-        """The mean velocity between two times, guided, ``[1, F, C, H, W]``.
+        """The mean velocity between two times, guided, ``[B, F, C, H, W]``.
 
         Args:
             context: What the block is made from.
-            state_BFCHW: At ``time``, ``[1, F, C, H, W]``.
+            state_BFCHW: At ``time``, ``[B, F, C, H, W]``.
             time: In the units of the scheduler's timesteps, a scalar.
             end: At most ``time``; equal to it asks for the velocity at that time.
         """
-        self._prepare(context)
+        self._prepare(context, len(state_BFCHW))
         index, num_frames = len(context.blocks), state_BFCHW.shape[1]
+        copies_BFCHW = self._copied(state_BFCHW)
         velocity, _ = self._transformer(
-            hidden_states=self._copied(state_BFCHW),
-            timestep=time.expand(self._num_copies, num_frames),
-            r_timestep=end.expand(self._num_copies, num_frames),
+            hidden_states=copies_BFCHW,
+            timestep=time.expand(len(copies_BFCHW), num_frames),
+            r_timestep=end.expand(len(copies_BFCHW), num_frames),
             encoder_hidden_states=self._embeds(context),
             chunk_partition=list(self._layout.block_sizes[: index + 1]),
             kv_cache=self._cache,
@@ -90,10 +93,10 @@ class FarModel:
             velocity = negative + self._guidance_scale * (velocity - negative)
         return velocity
 
-    def _prepare(self, context: Context) -> None:
+    def _prepare(self, context: Context, num_rows: int) -> None:
         """Makes room, and reads the context if the cache is of another one."""
         if self._cache is None:
-            self._cache = self._empty_cache()
+            self._cache = self._empty_cache(num_rows * self._num_copies)
         if context.blocks and self._cached is not context:
             self._read(context)
 
@@ -125,7 +128,7 @@ class FarModel:
         self._cached = context
         self.num_prefills += 1
 
-    def _empty_cache(self) -> dict[int, dict[str, Tensor]]:
+    def _empty_cache(self, num_rows: int) -> dict[int, dict[str, Tensor]]:
         """Room for the full blocks and for the ones that are compressed."""
         config, layout = self._transformer.config, self._layout
         largest, num_blocks = max(layout.block_sizes), len(layout.block_sizes)
@@ -136,7 +139,7 @@ class FarModel:
             num_tokens = num_frames * (layout.height // patch[1]) * (layout.width // patch[2])
             heads, size = config.num_attention_heads, config.attention_head_dim
             return torch.zeros(
-                (2, self._num_copies, heads, num_tokens, size),
+                (2, num_rows, heads, num_tokens, size),
                 device=self._transformer.device,
                 dtype=self._transformer.dtype,
             )

@@ -7,6 +7,7 @@ Each module has one entry point, a function that a command line mounts as it is:
     app.command("image")(mmspec.bench.image.run)
     app.command("vlm")(mmspec.bench.vlm.run)
     app.command("document")(mmspec.bench.document.run)
+    app.command("video")(mmspec.bench.video.run)
 
 and that also runs as ``python -m mmspec.bench.core --help``. All arguments have defaults; lists are
 comma-separated strings, so that they read the same in Python and in a shell::
@@ -27,6 +28,9 @@ comma-separated strings, so that they read the same in Python and in a shell::
                  ocr="auto", dtype="float32,bfloat16", temperature="0", batch="1,8", pages=None,
                  document=4, max_new_tokens=None, schedule="adaptive", width=None, repeats=3,
                  <common>)
+    video.run(model="clips", setups="default", scorers="temporal,...", rates="0.25,0.5,0.75",
+              prompts=24, calibration=24, timed=2, repeats=2, costs="measured",
+              attention="dense", <common>)
 
 with ``minutes=None, seed=0, device="cpu", out=Path("mmspec-bench"), label="", json_only=False`` in
 common. ``prompts`` is a number: prompts of each kind, or captions. ``prompts=0`` measures no speed
@@ -43,5 +47,8 @@ of threads are the same.
 ``measure`` has the clocks, the forward counter, provenance and the store, ``tasks`` the order of
 work, ``setups``, ``image_setups`` and ``vlm_setups`` the models and the same job given to both
 sides, ``written`` what text, captions and pages share, ``quality`` what pictures show, ``memory``
-the bytes that making them takes, ``report`` and ``image_report`` the tables.
+the bytes that making them takes, ``report`` and ``image_report`` the tables. Of videos,
+``video_setups`` has the models and routers, ``video_runs`` and ``video_pool`` the measurements,
+``video_costs`` and ``video_statistics`` the figures, ``video_report`` and ``video_figure`` what is
+shown.
 """

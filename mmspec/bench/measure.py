@@ -48,6 +48,7 @@ FINAL_LINE = {
 }
 
 _ROOT = Path(__file__).resolve().parents[2]
+_SOURCES = ("mmspec", "pipelines", "routers")
 _PACKAGES = ("torch", "transformers", "mmspec")
 # These change what is printed, not what is measured.
 _NOT_MEASURED = (
@@ -60,6 +61,8 @@ _NOT_MEASURED = (
     "report.py",
     "support.py",
     "training",
+    "video_figure.py",
+    "video_report.py",
 )
 
 
@@ -231,7 +234,7 @@ def git_sha() -> str:
     if not (_ROOT / ".git").exists():
         return "no checkout"
     sha = _git("rev-parse", "--short=12", "HEAD")
-    dirty = _git("status", "--porcelain", "--", "mmspec", "pipelines", "assets")
+    dirty = _git("status", "--porcelain", "--", *_SOURCES, "assets")
     return f"{sha}-dirty" if dirty else sha or "unknown"
 
 
@@ -251,9 +254,9 @@ def code_hash(bundles: Sequence[str] = ()) -> str:
     Args:
         bundles: Bundled folders whose files are part of it.
     """
-    paths = sorted((_ROOT / "mmspec").rglob("*.py")) + sorted((_ROOT / "pipelines").rglob("*.py"))
+    paths = [path for folder in _SOURCES for path in sorted((_ROOT / folder).rglob("*.py"))]
     for name in bundles:
-        found = sorted(bundled_path(name).iterdir())
+        found = sorted(bundled_path(name).rglob("*"))
         paths += [path for path in found if path.suffix in (".safetensors", ".jsonl", ".py")]
     digest = hashlib.sha256()
     for path in paths:

@@ -1,0 +1,360 @@
+"""What `mmspec bench video` compares: pairs of models, routers by accept rate, and their meters."""
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mmspec.assets import bundled_names, bundled_path
+from mmspec.bench.measure import synchronize
+from mmspec.bench.tasks import Unavailable
+from mmspec.bench.video_attention import use_dense_attention
+from mmspec.block_records import BlockRouter, BlockView
+from mmspec.checks import require, require_known
+from mmspec.pipelines.video import SpeculativeVideoPipeline
+from mmspec.routers import ROUTERS, AllRouter, build_router
+from mmspec.routers.scoring import Scorer, ScoringRouter
+
+#: Judges clips ``[N, F, 3, H, W]`` in [0, 1] by their prompts; "quality" is one of its figures.
+Quality = Callable[[Tensor, Sequence[str]], list[dict[str, float]]]
+#: Place routers in front and name of the scorer, of a setup whose threshold has to be measured.
+ScoreKey = tuple[str, str]
+Thresholds = Mapping[tuple[str, str, float], float]
+
+#: What a router has to beat -> its setups, by what stands before the colon: the ends of a curve and
+#: what is between.
+BASELINES = {
+    "random": ("always", "random", "never"),
+    "first-block+random": ("first-block", "first-block+random", "never"),
+    "every": ("first-block", "every", "never"),
+}
+#: How attention is computed, for all systems alike.
+ATTENTION = ("dense", "flex")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two models and what to ask of them.
+
+    Attributes:
+        name: Of the pair.
+        target: A pipeline of diffusers.
+        drafter: Another.
+        options: Of a call: sizes, steps, guidance, blocks.
+        prompts: To make videos of, and behind them those for thresholds.
+        num_judged: Of the prompts, those that are judged.
+        quality: Judges them. No router may look at what it looks at.
+    """
+
+    name: str
+    target: Any
+    drafter: Any
+    options: Mapping[str, Any]
+    prompts: Sequence[str]
+    num_judged: int
+    quality: Quality
+
+    @property
+    def num_blocks(self) -> int:
+        """Of a video."""
+        return len(self.block_sizes)
+
+    @property
+    def block_sizes(self) -> Sequence[int]:
+        """Latent frames of each block."""
+        sizes = self.options.get("block_sizes")
+        return self.target.transformer.config.chunk_partition if sizes is None else sizes
+
+    @property
+    def drafter_steps(self) -> int:
+        """Steps of a drafted block."""
+        return self.options.get("drafter_steps", self.options["num_inference_steps"])
+
+
+#: Of a pair's defaults, what is no option of a call, and the router, for routers are compared.
+_NO_OPTIONS = ("fps", "router")
+
+
+def load_pair(name: str, attention: str, device: str) -> Pair:
+    """Loads a bundled pair: the folders NAME and NAME-drafter.
+
+    Raises:
+        ValueError: If there is none, or it is not complete.
+    """
+    names = [one for one in bundled_names() if f"{one}-drafter" in bundled_names()]
+    names = [one for one in names if (bundled_path(one) / "held_out.jsonl").exists()]
+    require_known("pair of video models", name, names)
+    folder = bundled_path(name)
+    pipe = SpeculativeVideoPipeline.from_pretrained(folder, drafter=bundled_path(f"{name}-drafter"))
+    pipe.to(device)
+    if attention == "dense":
+        for one in (pipe.target, pipe.drafter):
+            use_dense_attention(one.transformer)
+    options = json.loads((folder / "defaults.json").read_text(encoding="utf-8"))
+    for name_of_other in _NO_OPTIONS:
+        options.pop(name_of_other, None)
+    lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    splits = {
+        is_calibration: [e for e in entries if (e["split"] == "calibration") is is_calibration]
+        for is_calibration in (False, True)
+    }
+    scoring = importlib.import_module(f"mmspec.assets.{name}.scoring")
+    return Pair(
+        name=name,
+        target=pipe.target,
+        drafter=pipe.drafter,
+        options=options,
+        prompts=[entry["prompt"] for entry in (*splits[False], *splits[True])],
+        num_judged=len(splits[False]),
+        quality=scoring.score_clips,
+    )
+
+
+# --------------------------------------------------------------------------- setups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A router, by name, with accept rates where it needs thresholds.
+
+    Attributes:
+        name: As ``first-block+temporal@0.5/stitch:2``: of the drafts that temporal sees it keeps
+            half, and where the target writes the drafter takes two steps.
+        parts: Of the router.
+        stitch: As in a call.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    stitch: int | None
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """Reads a name.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        router, slash, stitch = name.partition("/stitch:")
+        rule = "a number of steps, as never/stitch:2"
+        require(not slash or stitch.isdecimal(), "the stitch of a setup", rule, name)
+        setup = cls(
+            name=name,
+            parts=tuple(router.split("+")),
+            stitch=int(stitch) if slash else None,
+        )
+        for part in setup.parts:
+            scorer, at, rate = part.partition("@")
+            require_known("router", scorer.partition(":")[0], ROUTERS)
+            if at:
+                rule = "a number in (0, 1), as temporal@0.5"
+                require(_is_rate(rate), f"the accept rate of {scorer!r}", rule, rate)
+        setup.router(dict.fromkeys(setup.threshold_keys, 0.0), lambda _: _Nothing())
+        return setup
+
+    @property
+    def base(self) -> str:
+        """Its routers that look at no block."""
+        return "+".join(part for part in self.parts if "@" not in part)
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Names of what it looks at blocks with."""
+        return tuple(part.partition("@")[0] for part in self.parts if "@" in part)
+
+    @property
+    def threshold_keys(self) -> list[tuple[str, str, float]]:
+        """What its thresholds are called."""
+        pairs = [part.split("@") for part in self.parts if "@" in part]
+        return [(self.base, scorer, float(rate)) for scorer, rate in pairs]
+
+    def router(self, thresholds: Thresholds, scorer: Callable[[str], Scorer]) -> BlockRouter:
+        """Builds the router.
+
+        Args:
+            thresholds: By `threshold_keys`.
+            scorer: Gives the scorer of a name.
+        """
+        routers = []
+        for part in self.parts:
+            name, at, rate = part.partition("@")
+            if at:
+                bar = thresholds[self.base, name, float(rate)]
+                routers.append(ScoringRouter(scorer(name), bar))
+            else:
+                routers.append(build_router(part))
+        return routers[0] if len(routers) == 1 else AllRouter(routers)
+
+
+def _is_rate(text: str) -> bool:
+    try:
+        return 0 < float(text) < 1
+    except ValueError:
+        return False
+
+
+def default_setups(scorers: Sequence[str], rates: Sequence[float], pair: Pair) -> list[str]:
+    """Names of what is compared: ends, baselines, and each scorer at each rate."""
+    shares = ("0.25", "0.5", "0.75")
+    names = ["never", "always", "first-block"]
+    names += [f"random:{share}" for share in shares]
+    names += [f"first-block+random:{share}" for share in shares]
+    names += [f"every:{step}" for step in (2, 3, 4) if step < pair.num_blocks]
+    for scorer in scorers:
+        names += [f"first-block+{scorer}@{rate:g}" for rate in rates]
+    names += [f"temporal@{rate:g}" for rate in rates] if "temporal" in scorers else []
+    steps = pair.options["num_inference_steps"]
+    shares_of_steps = {max(1, steps * quarters // 4) for quarters in (1, 2, 3)}
+    return names + [f"never/stitch:{k}" for k in sorted(shares_of_steps)]
+
+
+def baseline_of(name: str, setups: Sequence[str]) -> list[str]:
+    """Those of some setups that are on the curve of a baseline."""
+    kinds = BASELINES[name]
+    return [one for one in setups if one.partition(":")[0] in kinds and "/" not in one]
+
+
+# --------------------------------------------------------------------------- scorers
+
+
+def load_scorer(name: str) -> Scorer:
+    """A scorer with its own defaults.
+
+    Raises:
+        ValueError: If no router of that name scores pictures.
+        Unavailable: If its weights are missing.
+    """
+    module, _, attribute = ROUTERS[name].partition(":")
+    found: Any = getattr(importlib.import_module(module, "mmspec.routers"), attribute)
+    is_scorer = isinstance(found, type) and issubclass(found, Scorer)
+    require(is_scorer, "what stands before @", "a router that scores pictures", name)
+    try:
+        scorer: Scorer = found.from_settings({})
+    except (ValueError, OSError) as error:
+        raise Unavailable(str(error)) from error
+    return scorer
+
+
+@dataclass(slots=True)
+class Meter:
+    """What the scorers of one video were asked.
+
+    Attributes:
+        scored: Block -> pictures that were scored, by all scorers.
+        offered: Block -> pictures that each scorer that was asked would have scored.
+        scores: Block -> scores in order, of a scorer that gives all of them at once.
+        time_s: Seconds of scoring, without decoding.
+    """
+
+    scored: dict[int, int] = field(default_factory=dict)
+    offered: dict[int, int] = field(default_factory=dict)
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    time_s: float = 0.0
+
+
+class MeteredScorer(Scorer):
+    """A scorer that is counted and clocked; with ``results`` it also remembers its scores."""
+
+    def __init__(
+        self, scorer: Scorer, meter: Meter, results: dict[Any, list[Tensor]] | None = None
+    ) -> None:
+        """Wraps a scorer.
+
+        Args:
+            scorer: The scorer.
+            meter: Counts.
+            results: Scores of blocks by their pictures, shared by videos; None scores anew.
+        """
+        names = ("name", "needs_prompt", "typed")
+        vars(self).update({name: getattr(scorer, name) for name in names})
+        self._scorer = scorer
+        self._meter = meter
+        self._results = results
+
+    def batches(self, block: BlockView) -> Iterator[Tensor]:
+        """As the scorer's."""
+        index, meter = block.place.index, self._meter
+        meter.offered[index] = meter.offered.get(index, 0) + len(block.frames())
+        batches = iter(self._remembered(block) if self._results is not None else self._fresh(block))
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            meter.time_s += time.perf_counter() - started
+            if batch is None:
+                return
+            meter.scored[index] = meter.scored.get(index, 0) + len(batch)
+            meter.scores[index] = batch.tolist()
+            yield batch
+
+    def _fresh(self, block: BlockView) -> Iterator[Tensor]:
+        return self._scorer.batches(block)
+
+    def _remembered(self, block: BlockView) -> list[Tensor]:
+        assert self._results is not None
+        before = block.previous_frames()
+        pictures = [block.frames()] + ([] if before is None else [before])
+        content = tuple(one.cpu().numpy().tobytes() for one in pictures)
+        key = (self.name, self.typed, block.place.prompt if self.needs_prompt else None, content)
+        if key not in self._results:
+            self._results[key] = list(self._scorer.batches(block))
+        return self._results[key]
+
+
+class _Nothing(Scorer):
+    """Stands for a scorer while a name is checked."""
+
+    name = "nothing"
+
+
+class TransformerClock:
+    """Seconds of each forward of an AnyFlow-FAR transformer, whoever calls it.
+
+    Attributes:
+        steps: Of denoising steps.
+        reads: Of forwards that read the committed blocks.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        """Prepares to watch."""
+        self._transformer = transformer
+        self._handles: list[Any] = []
+        self._started = 0.0
+        self.steps: list[float] = []
+        self.reads: list[float] = []
+
+    def __enter__(self) -> Self:
+        """Starts watching."""
+        self._handles = [
+            self._transformer.register_forward_pre_hook(self._start),
+            self._transformer.register_forward_hook(self._stop, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stops watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self, module: torch.nn.Module, _: object) -> None:
+        synchronize(next(module.parameters()).device)
+        self._started = time.perf_counter()
+
+    def _stop(
+        self, module: torch.nn.Module, _: object, given: Mapping[str, Any], __: object
+    ) -> None:
+        synchronize(next(module.parameters()).device)
+        elapsed = time.perf_counter() - self._started
+        is_read = given["kv_cache_flag"]["is_cache_step"]
+        (self.reads if is_read else self.steps).append(elapsed)

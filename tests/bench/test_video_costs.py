@@ -1,0 +1,97 @@
+"""The cost model of videos: the published tables, and numbers done by hand."""
+
+import pytest
+
+from mmspec.bench.video_costs import (
+    PUBLISHED,
+    PUBLISHED_ALONE,
+    PUBLISHED_ROWS,
+    Costs,
+    Counts,
+    Decisions,
+    affordable,
+    published_alone,
+    published_decisions,
+    published_rows,
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ALONE)
+def test_one_model_alone_takes_the_published_seconds(name):
+    seconds = PUBLISHED.seconds(published_alone(name))
+    assert seconds == pytest.approx(PUBLISHED_ALONE[name], abs=0.5)
+
+
+@pytest.mark.parametrize("threshold", PUBLISHED_ROWS)
+def test_the_router_takes_the_published_seconds(threshold):
+    share, stated = PUBLISHED_ROWS[threshold]
+    seconds = PUBLISHED.seconds(published_decisions(share).as_published())
+    assert seconds == pytest.approx(stated, abs=1.1)
+
+
+def test_what_our_loop_would_take_for_the_first_published_row():
+    row = published_rows(refused_share=1.0)[0]
+    # 6.579 kept, 1.421 refused: 40 drafter steps, 8 + 1.421 readings, 10.421 decodes.
+    steps = 5 * 2.421 * 1.66 + 40 * 0.06
+    readings = 1.421 * 0.8 * 1.66 + 8 * 0.8 * 0.06
+    assert row["deferred_s"] == pytest.approx(steps + readings + 10.421 * 1.3 + 96 * 0.14)
+    assert row["ours_s"] == pytest.approx(row["deferred_s"] - 0.75 * 96 * 0.14)
+    assert row["speedup_ours"] == pytest.approx(97.0 / 41.7, abs=0.03)
+    # An early exit scores fewer pictures of what is refused, and changes nothing else.
+    early = published_rows(refused_share=0.5)[0]
+    assert row["ours_s"] - early["ours_s"] == pytest.approx(1.421 * 6 * 0.25 * 0.14)
+    assert early["judging_ours"] < row["judging_ours"] < row["judging_model"]
+
+
+def test_counts_of_both_loops_by_hand():
+    decisions = Decisions(num_blocks=4, num_kept=1, num_steps=2, pictures_per_block=3)
+    # Block 0 by the target, one draft kept, two refused.
+    assert decisions.as_published() == Counts(
+        target_forwards=6,
+        target_reads=3,
+        drafter_forwards=8,
+        drafter_reads=3,
+        decodes=6,
+        pictures=9,
+    )
+    assert decisions.as_ours(0.5) == Counts(
+        target_forwards=6,
+        target_reads=2,
+        drafter_forwards=6,
+        drafter_reads=3,
+        decodes=6,
+        pictures=6,
+    )
+
+
+def test_seconds_shares_and_what_a_picture_may_cost():
+    costs = Costs(
+        target_forward=2, target_read=3, drafter_forward=5, drafter_read=7, decode=11, picture=13,
+        rest=17,
+    )  # fmt: skip
+    counts = Counts(
+        target_forwards=1,
+        target_reads=1,
+        drafter_forwards=1,
+        drafter_reads=1,
+        decodes=1,
+        pictures=2,
+    )
+    phases = {"target": 5, "draft": 12, "decode": 11, "judge": 26, "rest": 17}
+    assert costs.phases(counts) == phases
+    assert costs.seconds(counts) == 71
+    assert costs.judging_share(counts) == 26 / 71
+    # 45 seconds of other work, a tenth of 50 for two pictures.
+    assert affordable(costs, counts, goal=0.1) == pytest.approx(2.5)
+    assert affordable(costs, Counts.mean([vars_of(counts) | {"pictures": 0}])) is None
+    halves = Counts.mean([vars_of(counts), vars_of(counts) | {"pictures": 1}])
+    assert halves.pictures == 1.5
+
+
+def vars_of(counts):
+    return {name: getattr(counts, name) for name in counts.__slots__}
+
+
+def test_a_negative_price_is_refused():
+    with pytest.raises(ValueError, match="decode must be seconds >= 0, got -1"):
+        Costs(target_forward=1, target_read=1, drafter_forward=1, drafter_read=1, decode=-1)
