@@ -44,13 +44,15 @@ _FRAME = "frame-{:05d}.png"
 #: Name of the text that says how a video was made, in PNG and mp4.
 _COMMENT = "comment"
 _EXIF_DESCRIPTION = 0x010E
+# The flags: round to nearest, and average the colours of four pixels. Players go by the tags.
+_FILTER = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+area,"
+    "setparams=color_primaries=bt709:color_trc=bt709"
+)
 _H264 = (
-    *("-an", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", "-color_range", "tv"),
-    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
+    *("-an", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p"),
     *("-movflags", "+faststart", "-f", "mp4"),
 )
-# The flags: round to nearest, and average the colours of four pixels.
-_TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+area"
 
 
 class _Encoder(Protocol):
@@ -98,7 +100,7 @@ class VideoFile:
             ValueError: If they are something else, or of another size than those before.
             OSError: If they cannot be written.
         """
-        for picture in _as_bytes(frames):
+        for picture in as_bytes(frames):
             large = picture.repeat(self._scale, 0).repeat(self._scale, 1)
             sides = large.shape[:2]
             if self._encoder is None:
@@ -258,8 +260,11 @@ def read_video_metadata(path: str | Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _as_bytes(frames: Any) -> Iterator[np.ndarray]:
+def as_bytes(frames: Any) -> Iterator[np.ndarray]:
     """Pictures ``[H, W, 3]`` in uint8, rounded as diffusers rounds for PIL.
+
+    Args:
+        frames: As `VideoFile.add` takes them.
 
     Raises:
         ValueError: If they are no pictures.
@@ -394,7 +399,7 @@ class _Mp4:
         rate = str(Fraction(fps).limit_denominator(100_000))
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", rate]
         comment = ["-metadata", f"{_COMMENT}={text}"] if text else []
-        command = [_ffmpeg(), "-v", "error", "-y", *raw, "-i", "-", "-vf", _TO_YUV, *_H264]
+        command = [_ffmpeg(), "-v", "error", "-y", *raw, "-i", "-", "-vf", _FILTER, *_H264]
         self._process = subprocess.Popen(
             [*command, *comment, str(path)], stdin=subprocess.PIPE, stderr=self._said
         )

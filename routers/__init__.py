@@ -55,13 +55,12 @@ def build_router(spec: str | BlockRouter, loaded: LoadedScorers | None = None) -
     return _combined([_build(part, loaded) for part in _parts(spec)])
 
 
-def recording_router(spec: str, loaded: LoadedScorers | None = None) -> tuple[BlockRouter, str]:
+def recording_router(spec: str) -> tuple[BlockRouter, str]:
     """A router that scores every draft to the end and keeps it, for a calibration.
 
     Args:
         spec: As in `build_router`, with one scorer and without its threshold, such as
             "first-block+temporal:see=seam".
-        loaded: As in `build_router`.
 
     Returns:
         The router, and the name of its score.
@@ -79,7 +78,7 @@ def recording_router(spec: str, loaded: LoadedScorers | None = None) -> tuple[Bl
     given = [one for one in settings if "=" not in one or one.partition("=")[0] in THRESHOLDS]
     require(not given, "the router to calibrate", "without a threshold, which is looked for", spec)
     parts[scorers[0]] = f"{name}:{','.join(['-inf', *settings])}"
-    routers = [_build(part, loaded) for part in parts]
+    routers = [_build(part, None) for part in parts]
     recorder = routers[scorers[0]]
     assert isinstance(recorder, ScoringRouter)
     return _combined(routers), recorder.score_name
