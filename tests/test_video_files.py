@@ -119,12 +119,12 @@ def test_nothing_of_a_written_picture_is_kept(tmp_path, kind):
         images = sum(issubclass(type(one), Image.Image) for one in gc.get_objects())
         return images, tracemalloc.get_traced_memory()[0]
 
-    picture = waves(1, 128, 128)
+    picture = waves(1, 64, 64)
     with open_video(named(tmp_path, kind), fps=10) as file:
         file.add(picture)
         tracemalloc.start()
         before = held()
-        for _ in range(30):
+        for _ in range(12):
             file.add(picture)
         after = held()
         tracemalloc.stop()
