@@ -102,9 +102,9 @@ class VideoFile:
         """
         for picture in as_bytes(frames):
             large = picture.repeat(self._scale, 0).repeat(self._scale, 1)
-            sides = large.shape[:2]
+            sides = (large.shape[0], large.shape[1])
             if self._encoder is None:
-                check_sides(self._kind, *picture.shape[:2], self._scale)
+                check_sides(self._kind, *sides)
                 self._sides = sides
                 self._encoder = self._begun(*sides)
             require(
@@ -133,7 +133,7 @@ class VideoFile:
     def _begun(self, height: int, width: int) -> _Encoder:
         if self._kind == "frames":
             return _Frames(self._building, self._text)
-        kinds = {"mp4": _Mp4, "gif": _Gif, "webp": _Webp}
+        kinds: dict[str, type[_Mp4 | _Gif | _Webp]] = {"mp4": _Mp4, "gif": _Gif, "webp": _Webp}
         return kinds[self._kind](self._building, height, width, self._fps, self._text)
 
 
@@ -226,16 +226,17 @@ def check_format(kind: str, fps: float, scale: int) -> None:
         _ffmpeg()
 
 
-def check_sides(kind: str, height: int, width: int, scale: int) -> None:
-    """Refuses pictures that a format cannot hold.
+def check_sides(kind: str, height: int, width: int) -> None:
+    """Refuses pictures that a format cannot hold; sides are those that are written.
 
     Raises:
         ValueError: With the sides.
     """
-    large, most = (height * scale, width * scale), MAX_SIDE[kind]
-    require(max(large) <= most, f"the sides for {kind}", f"at most {most} pixels", large)
-    rule = "even, for its colours have half the resolution; scale=2 makes them even"
-    require(kind != "mp4" or not any(side % 2 for side in large), "the sides for mp4", rule, large)
+    sides, most = (height, width), MAX_SIDE[kind]
+    require(max(sides) <= most, f"the sides for {kind}", f"at most {most} pixels", sides)
+    is_good = kind != "mp4" or not (height % 2 or width % 2)
+    rule = "even, for its colours have half the resolution (scale=2 makes them even)"
+    require(is_good, "the sides for mp4", rule, sides)
 
 
 def read_video_metadata(path: str | Path) -> dict[str, Any] | None:

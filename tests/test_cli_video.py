@@ -106,6 +106,7 @@ def test_a_video_says_how_it_was_made_and_its_timeline_who_made_it(command, tmp_
     assert [block["is_drafted"] for block in line["blocks"]] == [False, True]
     with Image.open(out / "0000-00.webp") as film:
         assert film.n_frames == 5
+        film.load()
         assert film.info["duration"] == 125  # fps 8 of the folder's defaults
 
 

@@ -71,8 +71,8 @@ def read_back(path):
     return np.stack(pictures), times
 
 
-# Mean and largest difference in grey levels: palettes of 256 colours; 4:2:0 and CRF 12.
-TOLERANCE = {"frames": (0, 0), "webp": (0, 0), "gif": (6, 32), "mp4": (2.5, 24)}
+# Mean and largest difference in grey levels. An mp4 read by another matrix has a mean of 7.8.
+TOLERANCE = {"frames": (0, 0), "webp": (0, 0), "gif": (5, 25), "mp4": (1.6, 20)}
 
 
 @pytest.mark.parametrize("kind", formats())

@@ -261,7 +261,7 @@ def _checked(run: VideoRun, videos: Sequence[_Video]) -> Any:
     check_format(settings.format, _fps(pipe, settings), settings.scale)
     requests = list(dict.fromkeys(video.request for video in videos))
     for _, height, width in check_requests(pipe, requests, settings.options):
-        check_sides(settings.format, height, width, settings.scale)
+        check_sides(settings.format, height * settings.scale, width * settings.scale)
     return pipe
 
 
