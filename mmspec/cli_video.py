@@ -314,7 +314,7 @@ def _loader(model: str, drafter: str | None, dtype: str, device: str) -> Callabl
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        # It is not compiled here, and short blocks would not gain.
+        # Said to those who could compile the model; a command cannot.
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         return load()
 

@@ -375,7 +375,6 @@ class _Webp:
             exif[_EXIF_DESCRIPTION] = self._text
             self._write(b"EXIF", exif.tobytes().removeprefix(b"Exif\x00\x00"))
         size = self._file.tell() - 8
-        require(size < 2**32, "the size of a webp", "below 4 GB", size)
         self._file.seek(4)
         self._file.write(size.to_bytes(4, "little"))
         self._file.close()
@@ -385,6 +384,8 @@ class _Webp:
 
     def _write(self, name: bytes, content: bytes) -> None:
         padding = bytes(len(content) % 2)
+        size = self._file.tell() + 8 + len(content) + len(padding)
+        require(size < 2**32, "the size of a webp", "below 4 GB", size)
         self._file.write(name + len(content).to_bytes(4, "little") + content + padding)
 
 

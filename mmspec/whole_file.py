@@ -30,6 +30,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     elif path.exists():
         raise FileExistsError(f"{path} is there and is no folder")
     building = _building(path)
+    # In a container a run that was killed may have had the same process number.
+    shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
         yield building

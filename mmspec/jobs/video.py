@@ -266,8 +266,8 @@ def _checked(run: VideoRun, videos: Sequence[_Video]) -> Any:
 
 
 def _fps(pipe: Any, settings: VideoSettings) -> float:
-    own = pipe.defaults.get("fps", DEFAULT_FPS)
-    return float(own) if settings.fps is None else settings.fps
+    own: float = pipe.defaults.get("fps", DEFAULT_FPS)
+    return own if settings.fps is None else settings.fps
 
 
 def _is_made(video: _Video, journal: Journal, run: VideoRun) -> bool:
@@ -276,16 +276,14 @@ def _is_made(video: _Video, journal: Journal, run: VideoRun) -> bool:
     Raises:
         ValueError: If what is there was made otherwise.
     """
-    record = journal.get(video.key)
-    if record is None:
+    found = record = journal.get(video.key)
+    if found is None and video.path.exists():
         # A kill between the file and its line leaves a file that says how it was made.
-        found = read_video_metadata(video.path) if video.path.exists() else {}
-        if found == {}:
-            return False
-        _check_same(video, found or {}, run.settings.to_dict())
-        return False
-    _check_same(video, record, run.settings.to_dict())
-    return video.path.exists() and (not run.timeline or video.timeline_path.exists())
+        found = read_video_metadata(video.path) or {}
+    if found is not None:
+        _check_same(video, found, run.settings.to_dict())
+    is_there = record is not None and video.path.exists()
+    return is_there and (not run.timeline or video.timeline_path.exists())
 
 
 def _check_same(video: _Video, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
