@@ -1,6 +1,7 @@
 """Who made which block of a video, as a picture: a strip of blocks from left to right."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +160,7 @@ def _shortened(text: str, width: int, font: Any) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    length = bisect_right(
+        range(len(text)), width, key=lambda length: font.getlength(text[:length] + "...")
+    )
+    return text[: max(0, length - 1)] + "..."
