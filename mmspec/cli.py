@@ -30,13 +30,14 @@ from mmspec.cli_common import (
     quiet,
 )
 from mmspec.cli_documents import CAPTION_EXAMPLES, PARSE_EXAMPLES, caption, parse
+from mmspec.cli_video import CALIBRATE_EXAMPLES, VIDEO_EXAMPLES, calibrate, video
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Speculative decoding for text and images: the same tokens in fewer forwards.",
+    help="Speculative decoding for text, documents, images and video.",
     epilog="Start with `mmspec demo`; `mmspec COMMAND --help` has examples.",
 )
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -340,6 +341,11 @@ def _show_image(path: Path, as_json: bool) -> None:
 # -------------------------------------------------------------------------------- parse, caption
 app.command(epilog=PARSE_EXAMPLES)(parse)
 app.command(epilog=CAPTION_EXAMPLES)(caption)
+
+
+# ----------------------------------------------------------------------------- video, calibrate
+app.command(epilog=VIDEO_EXAMPLES)(video)
+app.command(epilog=CALIBRATE_EXAMPLES)(calibrate)
 
 
 # ---------------------------------------------------------------------------------------- demo

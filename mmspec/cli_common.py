@@ -15,6 +15,7 @@ KNOWN_IMAGE_MODELS = (
 )
 KNOWN_PARSE_MODELS = "bundled:pages, a folder, or a hub id OWNER/NAME"
 KNOWN_CAPTION_MODELS = "bundled:captioner, a folder, or a hub id OWNER/NAME"
+KNOWN_VIDEO_MODELS = "bundled:clips, a folder, or a hub id OWNER/NAME"
 
 
 def examples(*lines: str) -> str:
@@ -69,7 +70,14 @@ def quiet() -> None:
 
 
 def load_pipeline(
-    pipeline: str, model: str, known: str, dtype: str, device: str, *, bar: bool = True
+    pipeline: str,
+    model: str,
+    known: str,
+    dtype: str,
+    device: str,
+    *,
+    bar: bool = True,
+    **options: Any,
 ) -> Any:
     """Loads a pipeline; a model that cannot be had is reported by name with what can.
 
@@ -80,10 +88,9 @@ def load_pipeline(
         dtype: Of the weights.
         device: Where the model runs.
         bar: Show a progress bar of each call, where somebody can see it.
+        **options: Passed to the pipeline's ``from_pretrained``.
     """
-    is_name = not model.startswith(("bundled:", "smollm2")) and "/" not in model
-    if is_name and not Path(model).is_dir():
-        raise ValueError(f"unknown model {model!r}; known: {known}")
+    check_model_name(model, known)
     quiet()
     import torch
 
@@ -93,20 +100,33 @@ def load_pipeline(
     if not isinstance(number_type, torch.dtype) or not number_type.is_floating_point:
         raise ValueError(f"unknown dtype {dtype!r}; known: float32, bfloat16, float16, float64")
     try:
-        pipe = getattr(mmspec.pipelines, pipeline).from_pretrained(model, dtype=number_type)
+        pipe = getattr(mmspec.pipelines, pipeline).from_pretrained(
+            model, dtype=number_type, **options
+        )
     except OSError as error:
         raise OSError(f"cannot load {model!r}: {one_line(error)} Known: {known}.") from error
     pipe.set_progress_bar_config(disable=not (bar and sys.stderr.isatty()))
     return pipe.to(device) if device != "cpu" else pipe
 
 
-def loader(*arguments: str) -> Callable[[], Any]:
+def check_model_name(model: str, known: str) -> None:
+    """Refuses a name that is neither bundled, nor a folder, nor a hub id.
+
+    Raises:
+        ValueError: With the known ones.
+    """
+    is_name = not model.startswith(("bundled:", "smollm2")) and "/" not in model
+    if is_name and not Path(model).is_dir():
+        raise ValueError(f"unknown model {model!r}; known: {known}")
+
+
+def loader(*arguments: str, **options: Any) -> Callable[[], Any]:
     """Loads at the first call and gives the same pipeline afterwards."""
     loaded: list[Any] = []
 
     def load() -> Any:
         if not loaded:
-            loaded.append(load_pipeline(*arguments))
+            loaded.append(load_pipeline(*arguments, **options))
         return loaded[0]
 
     return load

@@ -18,18 +18,22 @@ from mmspec.adapters.block_video import (
     VideoRow,
 )
 from mmspec.adapters.video_family import check_pair, video_family
+from mmspec.assets import bundled_names, bundled_path
 from mmspec.engine import Engine
 from mmspec.pipelines.base import SpeculativePipeline
 from mmspec.pipelines.video_request import (
+    GivenPrompt,
     VideoOptions,
     VideoRequest,
     check_noise,
     check_prompts,
     encode_prompts,
+    read_defaults,
     video_request,
 )
 from mmspec.pipelines.video_stream import AfterStep, VideoOutput, VideoParts, VideoStream
 from mmspec.records import StepRecord
+from mmspec.routers import LoadedScorers
 
 
 class SpeculativeVideoPipeline(SpeculativePipeline):
@@ -38,8 +42,11 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
     Attributes:
         target: The pipeline whose quality is wanted.
         drafter: The pipeline that drafts; the target itself, in fewer steps, if there is no other.
+        defaults: Options that a call takes where it names none, and "fps" where it is known: those
+            of `defaults.json` in the folder of the target.
 
     Example:
+        >>> pipe = SpeculativeVideoPipeline.from_pretrained("bundled:clips")  # doctest: +SKIP
         >>> pipe = SpeculativeVideoPipeline.from_pretrained(
         ...     "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers",
         ...     drafter="nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers",
@@ -48,7 +55,9 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         ...     show(block.frames[0])
     """
 
-    def __init__(self, target: Any, drafter: Any = None) -> None:
+    def __init__(
+        self, target: Any, drafter: Any = None, defaults: Mapping[str, Any] | None = None
+    ) -> None:
         """Wraps loaded pipelines; see `from_pretrained` and `from_model`."""
         self._target = video_family(target)
         self._drafter = self._target
@@ -59,6 +68,8 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         super().__init__(target.transformer)
         self.target = target
         self.drafter = self._drafter.pipe
+        self.defaults: dict[str, Any] = dict(defaults or {})
+        self._loaded = LoadedScorers()
 
     @classmethod
     def from_pretrained(
@@ -72,21 +83,27 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         """Loads pipelines of diffusers from folders or hub repositories.
 
         Args:
-            id_or_path: The target.
+            id_or_path: The target: ``"bundled:clips"``, a folder, or a hub id.
             drafter: A smaller model of the same family. Its text encoder is not loaded: it gets
-                the target's embeddings. None is the target itself, in fewer steps.
+                the target's embeddings. None is the drafter that is bundled with a bundled target
+                (``"bundled:clips-drafter"``), and for all others the target itself, in fewer
+                steps; ``"self"`` is the target itself in any case.
             dtype: Floating-point type; None is that of diffusers.
             **kwargs: Passed to diffusers' ``from_pretrained``, for both.
 
         Raises:
-            ValueError: If a model is of no known family, or the two do not fit together.
+            ValueError: If a bundled name is unknown, a model is of no known family, the two do not
+                fit together, or the target's `defaults.json` cannot be used.
         """
+        path, drafter_path = _found(id_or_path), _drafter_path(id_or_path, drafter)
+        defaults = read_defaults(path)
         kwargs = kwargs if dtype is None else kwargs | {"dtype": dtype}
-        target = DiffusionPipeline.from_pretrained(id_or_path, **kwargs)
-        if drafter is None:
-            return cls(target)
+        target = DiffusionPipeline.from_pretrained(path, **kwargs)
+        if drafter_path is None:
+            return cls(target, None, defaults)
         without = {"text_encoder": None, "tokenizer": None}
-        return cls(target, DiffusionPipeline.from_pretrained(drafter, **kwargs, **without))
+        drafting = DiffusionPipeline.from_pretrained(drafter_path, **kwargs, **without)
+        return cls(target, drafting, defaults)
 
     @classmethod
     def from_model(cls, target: Any, *, drafter: Any = None) -> "SpeculativeVideoPipeline":
@@ -138,10 +155,9 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         Raises:
             ValueError: On any argument out of its range, before any forward.
         """
-        request = video_request(self._target, self._drafter, options)
-        checked = check_prompts(self.target, prompt, options, request)
+        options = self._with_defaults(options)
+        request, checked = self._checked(prompt, options)
         num_rows = len(checked)
-        check_noise(request, num_rows)
         layout, router, stitch = request.layout, request.router, request.stitch
         noise = self._target.noise(layout, num_rows, request.generator, request.latents)
         prompts = encode_prompts(self.target, checked, request)
@@ -176,6 +192,33 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         )
         return VideoStream(parts, watch)
 
+    def check_request(
+        self, prompt: str | Sequence[str] | None = None, **options: Unpack[VideoOptions]
+    ) -> tuple[int, int, int]:
+        """Refuses what a call would refuse; runs nothing, but loads the weights of the router.
+
+        Returns:
+            Pictures, height and width in pixels of the videos that the call makes.
+
+        Raises:
+            ValueError: As a call.
+        """
+        layout = self._checked(prompt, self._with_defaults(options))[0].layout
+        scale = self.target.vae_scale_factor_spatial
+        return layout.num_frames, layout.height * scale, layout.width * scale
+
+    def _with_defaults(self, options: VideoOptions) -> VideoOptions:
+        more: Any = {name: value for name, value in self.defaults.items() if name != "fps"}
+        return {**more, **options}
+
+    def _checked(
+        self, prompt: str | Sequence[str] | None, options: VideoOptions
+    ) -> tuple[VideoRequest, list[GivenPrompt]]:
+        request = video_request(self._target, self._drafter, options, self._loaded)
+        checked = check_prompts(self.target, prompt, options, request)
+        check_noise(request, len(checked))
+        return request, checked
+
     def _samplers(self, request: VideoRequest) -> tuple[Sampler, Sampler]:
         """Target and drafter; one model, and so one cache, where they are the same."""
         layout, scale = request.layout, request.drafter_guidance_scale
@@ -184,6 +227,29 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
             draft_model = self._drafter.model(layout, scale)
         steps = request.num_inference_steps
         return Sampler(model, steps), Sampler(draft_model, request.drafter_steps)
+
+
+def _found(id_or_path: str | Path) -> str | Path:
+    """A bundled name as its folder.
+
+    Raises:
+        ValueError: If nothing of that name is bundled; lists what is.
+    """
+    name = str(id_or_path)
+    return bundled_path(name) if name.startswith("bundled:") else id_or_path
+
+
+def _drafter_path(target: str | Path, drafter: str | Path | None) -> str | Path | None:
+    """Where the drafter is; None is the target itself.
+
+    Raises:
+        ValueError: As `_found`.
+    """
+    if drafter is None:
+        name = f"{target}-drafter"
+        is_there = name.startswith("bundled:") and name.removeprefix("bundled:") in bundled_names()
+        return bundled_path(name) if is_there else None
+    return None if drafter == "self" else _found(drafter)
 
 
 def _kept_mover(bar: tqdm) -> Callable[[StepRecord], None]:

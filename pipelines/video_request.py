@@ -1,8 +1,10 @@
 """What a video call asks for: its options, checked before anything runs."""
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -20,7 +22,7 @@ from mmspec.pipelines.base import (
     check_positive,
 )
 from mmspec.records import Guarantee
-from mmspec.routers import build_router
+from mmspec.routers import LoadedScorers, build_router
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 #: Who may take the first steps of a stitched block.
@@ -28,7 +30,9 @@ BEGINNERS = ("drafter", "target")
 
 
 class VideoOptions(TypedDict, total=False):
-    """Arguments of a call besides the prompt; what is left out is as in the target's pipeline.
+    """Arguments of a call besides the prompt.
+
+    What is left out is as the folder of the target says (`read_defaults`), else as in its pipeline.
 
     Attributes:
         negative_prompt: What guidance steers away from: one text, or one per prompt.
@@ -98,6 +102,40 @@ _DEFAULTS: VideoOptions = {
 }
 
 
+#: Beside the pipeline in its folder, a JSON object of options.
+DEFAULTS_FILE = "defaults.json"
+#: Options that such a file cannot hold.
+_NO_JSON = {
+    "generator", "latents", "prompt_embeds", "negative_prompt_embeds", "callback_on_step_end",
+}  # fmt: skip
+
+
+def read_defaults(folder: str | Path) -> dict[str, Any]:
+    """The options that a model was made for, as its folder says.
+
+    Args:
+        folder: Of a pipeline; anything that is no folder has none.
+
+    Returns:
+        Options of a call, and "fps" where the file has it. Values are checked by the call.
+
+    Raises:
+        ValueError: If the file is no JSON object, or names an unknown option.
+    """
+    path = Path(folder) / DEFAULTS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        defaults = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    require(isinstance(defaults, dict), str(path), "a JSON object", defaults)
+    known = [name for name in VideoOptions.__annotations__ if name not in _NO_JSON]
+    for name in defaults:
+        require_known(f"option of {path}", name, [*known, "fps"])
+    return defaults
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenPrompt:
     """What a user gave for one video, checked and not encoded yet.
@@ -144,9 +182,18 @@ class VideoRequest:
 
 
 def video_request(
-    target: VideoFamily, drafter: VideoFamily, options: Mapping[str, Any]
+    target: VideoFamily,
+    drafter: VideoFamily,
+    options: Mapping[str, Any],
+    loaded: LoadedScorers | None = None,
 ) -> VideoRequest:
     """Checks a call and fills in its defaults; runs nothing.
+
+    Args:
+        target: The model whose quality is wanted.
+        drafter: The model that drafts.
+        options: As in `VideoOptions`.
+        loaded: Scorers of earlier calls, for the router.
 
     Raises:
         ValueError: With the rule and the value of the first argument that is out of its range.
@@ -158,7 +205,7 @@ def video_request(
         check_positive(name, given[name])
     check_callback(given["callback_on_step_end"])
     require_known("output_type", given["output_type"], OUTPUT_TYPES)
-    router = build_router(given["router"])
+    router = build_router(given["router"], loaded)
     stitch = _stitch(given["stitch"], given["num_inference_steps"])
     is_exact = router.guarantee == Guarantee.EXACT and stitch is None
     given |= _of_drafter(given, is_alone=drafter is target, is_exact=is_exact)

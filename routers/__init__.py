@@ -11,8 +11,9 @@ from typing import Any
 from mmspec.block_records import BlockRouter
 from mmspec.checks import require, require_known
 from mmspec.routers.combine import AllRouter
+from mmspec.routers.scoring import THRESHOLDS, LoadedScorers, Scorer, ScoringRouter
 
-__all__ = ["ROUTERS", "AllRouter", "build_router"]
+__all__ = ["ROUTERS", "AllRouter", "LoadedScorers", "build_router", "recording_router"]
 
 # Name a user types -> "module:class", the module relative to this package, imported on demand.
 # `from_argument` of the class makes the router of what follows the name.
@@ -33,14 +34,15 @@ ROUTERS: dict[str, str] = {
 }
 
 
-def build_router(spec: str | BlockRouter) -> BlockRouter:
+def build_router(spec: str | BlockRouter, loaded: LoadedScorers | None = None) -> BlockRouter:
     """Makes a router of what a user passes as ``router=``.
 
-    A router with weights loads them here: build it once and pass the object to many calls.
+    A router with weights loads them here, unless they are among the ``loaded``.
 
     Args:
         spec: A name, with an argument behind a colon where the router takes one; several of them
             with "+" between keep what all of them keep; or a router.
+        loaded: Scorers of earlier routers; those of this one are added.
 
     Raises:
         ValueError: If a name is unknown (the message lists the known ones), an argument is bad,
@@ -50,17 +52,66 @@ def build_router(spec: str | BlockRouter) -> BlockRouter:
         is_router = hasattr(spec, "wants_draft") and hasattr(spec, "judge")
         require(is_router, "router", "a name or an object with wants_draft and judge", spec)
         return spec
+    return _combined([_build(part, loaded) for part in _parts(spec)])
+
+
+def recording_router(spec: str) -> tuple[BlockRouter, str]:
+    """A router that scores every draft to the end and keeps it, for a calibration.
+
+    Args:
+        spec: As in `build_router`, with one scorer and without its threshold, such as
+            "first-block+temporal:see=seam".
+
+    Returns:
+        The router, and the name of its score.
+
+    Raises:
+        ValueError: As in `build_router`; if not exactly one of the routers is a scorer; if it has a
+            threshold already.
+    """
+    parts = list(_parts(spec))
+    scorers = [place for place, part in enumerate(parts) if issubclass(_made_by(part), Scorer)]
+    rule = "one scorer, alone or with routers that look at the place only"
+    require(len(scorers) == 1, "the router to calibrate", rule, spec)
+    name, _, argument = parts[scorers[0]].partition(":")
+    settings = argument.split(",") if argument else []
+    given = [one for one in settings if "=" not in one or one.partition("=")[0] in THRESHOLDS]
+    require(not given, "the router to calibrate", "without a threshold, which is looked for", spec)
+    parts[scorers[0]] = f"{name}:{','.join(['-inf', *settings])}"
+    routers = [_build(part, None) for part in parts]
+    recorder = routers[scorers[0]]
+    assert isinstance(recorder, ScoringRouter)
+    return _combined(routers), recorder.score_name
+
+
+def _parts(spec: str) -> list[str]:
+    """The routers of a combination; all names are checked before any weights are loaded.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
     parts = spec.split("+")
-    # All names before any weights.
     for part in parts:
         require_known("router", part.partition(":")[0], sorted(ROUTERS))
-    routers = tuple(map(_build, parts))
+    return parts
+
+
+def _combined(routers: list[BlockRouter]) -> BlockRouter:
     return routers[0] if len(routers) == 1 else AllRouter(routers)
 
 
-def _build(part: str) -> BlockRouter:
-    name, colon, argument = part.partition(":")
-    module, _, attribute = ROUTERS[name].partition(":")
-    made_by: Any = getattr(import_module(module, __name__), attribute)
-    router: BlockRouter = made_by.from_argument(argument if colon else None)
+def _made_by(part: str) -> Any:
+    module, _, attribute = ROUTERS[part.partition(":")[0]].partition(":")
+    return getattr(import_module(module, __name__), attribute)
+
+
+def _build(part: str, loaded: LoadedScorers | None) -> BlockRouter:
+    made_by = _made_by(part)
+    _, colon, text = part.partition(":")
+    argument = text if colon else None
+    router: BlockRouter
+    if issubclass(made_by, Scorer):
+        router = made_by.from_argument(argument, loaded)
+    else:
+        router = made_by.from_argument(argument)
     return router

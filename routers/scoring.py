@@ -3,9 +3,10 @@
 Shape suffixes as in `mmspec.block_records`; N is the scores of a block, mostly one per picture.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from mmspec.records import Guarantee
 from mmspec.routers.calibration import Calibration
 from mmspec.routers.thresholds import FixedThreshold, RunningQuantile, Threshold
 
+#: Settings that say from which score on a block is kept.
+THRESHOLDS = ("threshold", "calibration", "accept", "mean", "std", "weight")
 #: What every scorer's argument may hold besides its own settings.
-_THRESHOLDS = ("threshold", "calibration", "accept", "mean", "std", "weight")
-_COMMON = (*_THRESHOLDS, "aggregate")
+_COMMON = (*THRESHOLDS, "aggregate")
 
 
 class Scorer:
@@ -54,11 +56,14 @@ class Scorer:
         raise NotImplementedError
 
     @classmethod
-    def from_argument(cls, argument: str | None) -> "ScoringRouter":
+    def from_argument(
+        cls, argument: str | None, loaded: "LoadedScorers | None" = None
+    ) -> "ScoringRouter":
         """Builds the router that judges by this score.
 
         Args:
             argument: Settings ``name=value`` with commas between; a value alone is the threshold.
+            loaded: Where a scorer with weights is taken from, if it is there, and left.
 
         Raises:
             ValueError: If a setting is unknown, bad or missing, or weights are.
@@ -68,13 +73,42 @@ class Scorer:
         aggregate = _aggregate(given.get("aggregate", "worst"))
         threshold = _threshold(_score_name(cls.name, given), given)
         # Weights are loaded when everything else is known to be good.
+        scorer = cls.from_settings(own) if loaded is None else loaded.get(cls, own)
         return ScoringRouter(
-            cls.from_settings(own),
+            scorer,
             threshold,
             aggregate=aggregate,
             name=f"{cls.name}:{argument}",
             score_name=_score_name(cls.name, given),
         )
+
+
+class LoadedScorers:
+    """The scorers with weights that were asked for last, so that the next router has them at once.
+
+    Thresholds and calibrations are no part of a scorer: they are read anew for every router.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        """Holds none yet, and at most ``size``."""
+        self._size = size
+        self._kept: OrderedDict[tuple[Any, ...], Scorer] = OrderedDict()
+
+    def get(self, kind: type[Scorer], settings: Mapping[str, str]) -> Scorer:
+        """The scorer of these settings; loads it if it is not among those that are kept.
+
+        Raises:
+            ValueError: As `Scorer.from_settings`.
+        """
+        if "weights" not in kind.settings:
+            return kind.from_settings(settings)
+        key = (kind, *sorted(settings.items()))
+        if key not in self._kept:
+            self._kept[key] = kind.from_settings(settings)
+        self._kept.move_to_end(key)
+        while len(self._kept) > self._size:
+            self._kept.popitem(last=False)
+        return self._kept[key]
 
 
 class ScoringRouter:
@@ -216,7 +250,7 @@ def _parsed(scorer: type[Scorer], argument: str | None) -> dict[str, str]:
 
 def _score_name(name: str, given: Mapping[str, str]) -> str:
     # Where the weights lie and how many pictures go at once does not change what a score means.
-    silent = (*_THRESHOLDS, "weights", "batch_size")
+    silent = (*THRESHOLDS, "weights", "batch_size")
     more = [f"{key}={value}" for key, value in sorted(given.items()) if key not in silent]
     return ",".join([name, *more])
 

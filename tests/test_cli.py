@@ -14,7 +14,7 @@ from mmspec.cli import app
 from mmspec.cli_common import one_line
 from mmspec.pictures import read_png_metadata
 
-COMMANDS = ["text", "image", "parse", "caption", "demo", "models", "bench"]
+COMMANDS = ["text", "image", "parse", "caption", "video", "calibrate", "demo", "models", "bench"]
 PROMPTS = ["a red hair", "write this text again", "a pixel avatar", "the blue top"]
 
 
@@ -57,7 +57,7 @@ def test_help_does_not_import_torch(command):
     assert "Usage: " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["text", "image", "parse", "caption", "demo", "models"])
+@pytest.mark.parametrize("command", COMMANDS[:-1])
 def test_help_has_examples(command):
     shown = run(command, "--help").stdout
     assert "Examples:\n" in shown

@@ -1,5 +1,7 @@
 """Tiny random video pipelines of the real classes, and what a call of diffusers gives."""
 
+import json
+
 import torch
 from diffusers import (
     AnyFlowFARPipeline,
@@ -186,3 +188,20 @@ def helios_pipe(seed, *, num_layers=1):
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+#: What `save_pair` writes into the target's folder: two blocks, 1 + 4 pictures.
+DEFAULTS = {
+    "num_frames": 5, "height": 16, "width": 16, "block_sizes": [1, 1], "num_inference_steps": 2,
+    "drafter_steps": 1, "guidance_scale": 1.0, "router": "first-block", "max_sequence_length": 8,
+    "fps": 8,
+}  # fmt: skip
+
+
+def save_pair(folder):
+    """A target with its text encoder and defaults, and a drafter beside it; gives both folders."""
+    target, drafter = folder / "target", folder / "target-drafter"
+    with_text(far_pipe(1)).save_pretrained(target)
+    (target / "defaults.json").write_text(json.dumps(DEFAULTS))
+    far_pipe(2).save_pretrained(drafter)
+    return target, drafter

@@ -1,7 +1,8 @@
 """Many requests, one kind of result each.
 
-Requests of a file: `mmspec.jobs.text`, `mmspec.jobs.image`. Pages of files and folders:
-`mmspec.jobs.documents`, `mmspec.jobs.captions`.
+Requests of a file: `mmspec.jobs.text`, `mmspec.jobs.image`, `mmspec.jobs.video`. Pages of files and
+folders: `mmspec.jobs.documents`, `mmspec.jobs.captions`. The threshold of a router from a sample of
+requests: `mmspec.jobs.calibration`.
 
 A run may be killed at any moment and started again with the same command: it goes on with what is
 missing. What was made with other settings is refused rather than mixed.

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mmspec.block_records import BlockRecord
-from mmspec.routers import build_router
+from mmspec.routers import build_router, recording_router
 from mmspec.routers.calibration import Calibration, calibrate, recorded_scores
 
 
@@ -94,3 +94,26 @@ def test_another_file_is_refused(content, message, tmp_path):
 def test_bad_aims_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         calibrate("temporal", [0.0, 1.0], **arguments)
+
+
+def test_a_router_to_calibrate_scores_everything_and_keeps_it():
+    router, score_name = recording_router("first-block+temporal:see=seam,aggregate=mean")
+    assert router.name == "first-block+temporal:-inf,see=seam,aggregate=mean"
+    assert score_name == "temporal,aggregate=mean,see=seam"
+    assert recording_router("noise")[1] == "noise"
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("first-block", "must be one scorer, alone or with routers that look at the place only"),
+        ("temporal+noise", "must be one scorer"),
+        ("temporal:-0.03", "must be without a threshold"),
+        ("temporal:accept=0.5,mean=0,std=1", "must be without a threshold"),
+        ("temporal:see=nothing", "unknown penalty"),
+        ("magic", "unknown router 'magic'"),
+    ],
+)
+def test_what_cannot_be_calibrated(spec, reason):
+    with pytest.raises(ValueError, match=reason):
+        recording_router(spec)
