@@ -2,12 +2,11 @@
 
     python -m mmspec.assets.forge.clips.make_latents --work-dir build/clips --num-shards 16
 
-A shard shows each training scene once. The first call also measures the scale of the latents.
+A shard shows each training scene once. The first call also measures how to turn the latents.
 Shards that exist are kept, so that a stopped call goes on.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -19,12 +18,49 @@ from .train_vae import as_video, make_vae
 
 
 def load_vae(work_dir: Path) -> AutoencoderKLWan:
-    """The trained autoencoder with the scale of its latents, if that is measured already."""
-    path = work_dir / "scale.json"
-    scale = json.loads(path.read_text()) if path.exists() else {}
-    vae = make_vae(scale.get("mean"), scale.get("std"))
-    vae.load_state_dict(torch.load(work_dir / "vae.pt")["model"])
+    """The trained autoencoder; its latents are turned if the turn is measured already."""
+    state = torch.load(work_dir / "vae.pt")["model"]
+    path = work_dir / "turn.pt"
+    if not path.exists():
+        vae = make_vae()
+        vae.load_state_dict(state)
+        return vae.eval()
+    turn, mean = torch.load(path)
+    vae = make_vae((turn @ mean).tolist())
+    vae.load_state_dict(turned(state, turn))
     return vae.eval()
+
+
+def measured_turn(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix that makes latents almost white, and their mean.
+
+    Along some directions latents vary by a hundredth of others, and colours lie there: noise would
+    drown them long before anything else. Variances become their power of a fifth, which keeps
+    some order among them.
+
+    Args:
+        latents: ``[N, frames, channels, H, W]``.
+    """
+    points = latents.transpose(1, 2).transpose(0, 1).flatten(1)
+    variances, axes = torch.linalg.eigh(torch.cov(points))
+    return torch.diag(variances**-0.4) @ axes.T, points.mean(1)
+
+
+def turned(state: dict[str, Tensor], turn: Tensor) -> dict[str, Tensor]:
+    """Weights of an autoencoder whose latents are those of another one, turned.
+
+    The first convolution behind the encoder and that before the decoder are linear and look at
+    single places: the matrix goes into them. Encoding becomes deterministic.
+    """
+    size = len(turn)
+    weight, bias = state["quant_conv.weight"].clone(), state["quant_conv.bias"].clone()
+    weight[:size] = torch.einsum("ij,jk...->ik...", turn, weight[:size])
+    bias[:size] = turn @ bias[:size]
+    weight[size:], bias[size:] = 0.0, -30.0
+    after = state["post_quant_conv.weight"]
+    after = torch.einsum("ij...,jk->ik...", after, torch.linalg.inv(turn))
+    changed = {"quant_conv.weight": weight, "quant_conv.bias": bias}
+    return state | changed | {"post_quant_conv.weight": after}
 
 
 @torch.no_grad()
@@ -35,7 +71,7 @@ def encode(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Writes `scale.json` and `latents/N.pt`."""
+    """Writes `turn.pt` and `latents/N.pt`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--num-shards", type=int, default=16)
@@ -43,25 +79,17 @@ def main() -> None:
     folder = args.work_dir / "latents"
     folder.mkdir(exist_ok=True)
     simulator, (scenes, _) = Simulator(), split_scenes()
-    if not (args.work_dir / "scale.json").exists():
+    if not (args.work_dir / "turn.pt").exists():
         clips = simulator.draw(scenes[:96], torch.Generator().manual_seed(99))
-        latents = encode(load_vae(args.work_dir), clips)
-        scale = {
-            "mean": latents.mean((0, 1, 3, 4)).tolist(),
-            "std": latents.std((0, 1, 3, 4)).tolist(),
-        }
-        (args.work_dir / "scale.json").write_text(json.dumps(scale))
+        torch.save(measured_turn(encode(load_vae(args.work_dir), clips)), args.work_dir / "turn.pt")
     vae = load_vae(args.work_dir)
-    mean, std = (
-        torch.tensor(values).view(1, 1, -1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean = torch.tensor(vae.config.latents_mean).view(1, 1, -1, 1, 1)
     for shard in range(args.num_shards):
         path = folder / f"{shard}.pt"
         if path.exists():
             continue
         clips = simulator.draw(scenes, torch.Generator().manual_seed(1000 + shard))
-        torch.save(((encode(vae, clips) - mean) / std).half(), path.with_suffix(".partial"))
+        torch.save((encode(vae, clips) - mean).half(), path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
 
 

@@ -21,8 +21,8 @@ from .simulator import Simulator, split_scenes
 LATENT_CHANNELS = 8
 
 
-def make_vae(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
-    """The autoencoder with random weights, and the scale of its latents if it is known."""
+def make_vae(mean: list[float] | None = None) -> AutoencoderKLWan:
+    """The autoencoder with random weights, and the mean of its latents if it is known."""
     return AutoencoderKLWan(
         base_dim=12,
         z_dim=LATENT_CHANNELS,
@@ -30,7 +30,7 @@ def make_vae(mean: list[float] | None = None, std: list[float] | None = None) ->
         num_res_blocks=1,
         temperal_downsample=[True, True],
         latents_mean=mean or [0.0] * LATENT_CHANNELS,
-        latents_std=std or [1.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
         scale_factor_spatial=4,
     )
 
