@@ -76,7 +76,7 @@ def parse_prompt(prompt: str) -> Scene:
     """
     found = _PATTERN.fullmatch(prompt)
     if found is None:
-        rule = "as 'a red sneaker moving up left slowly', with the words of mmspec.assets.clips.prompts"
+        rule = "as 'a red sneaker moving up left slowly', with the words of its tables"
         raise ValueError(f"prompt must be {rule}, got {prompt!r}")
     colour, name, direction, speed = found.groups()
     return Scene(name, colour, direction, speed)

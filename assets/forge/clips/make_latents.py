@@ -19,7 +19,8 @@ from .train_vae import as_video, make_vae
 
 def load_vae(work_dir: Path) -> AutoencoderKLWan:
     """The trained autoencoder; its latents are turned if the turn is measured already."""
-    state = torch.load(work_dir / "vae.pt")["model"]
+    trained = work_dir / "decoder.pt"
+    state = torch.load(trained if trained.exists() else work_dir / "vae.pt")["model"]
     path = work_dir / "turn.pt"
     if not path.exists():
         vae = make_vae()

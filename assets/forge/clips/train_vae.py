@@ -4,6 +4,11 @@
 
 Four pictures and 4 x 4 pixels become one place of 8 latent channels. A second call goes on where
 the first was stopped.
+
+The first training cuts three latent frames out of a clip. Decoded one after the other, later frames
+see more of the past than that, and colours drift. So ``--decoder-only`` goes on with the decoder
+alone, on whole clips, and writes `decoder.pt`. Latents stay what they are: it may run while the
+models that write them are trained.
 """
 
 import argparse
@@ -58,8 +63,7 @@ def cut(video: Tensor, side: int, generator: torch.Generator) -> Tensor:
 def training_loss(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, float]:
     """The loss of one batch, and the mean absolute error of its pictures in grey levels."""
     law = vae.encode(video).latent_dist
-    rebuilt = vae.post_quant_conv(law.sample())
-    rebuilt = _decode(vae, rebuilt)
+    rebuilt = _decode(vae, vae.post_quant_conv(law.sample()))
     error = rebuilt.float() - video
     # Colours are learnt long after brightness unless they count for more.
     hue = error - error.mean(1, keepdim=True)
@@ -114,15 +118,20 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=18.5)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--decoder-only", action="store_true")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    path = args.work_dir / "vae.pt"
+    args.path = args.work_dir / ("decoder.pt" if args.decoder_only else "vae.pt")
     torch.manual_seed(1)
     vae = make_vae()
     optimizer = ConvolutionMuon(vae, args.lr)
     state: dict[str, Any] = {"step": 0, "time_s": 0.0}
-    if path.exists():
-        state = torch.load(path)
+    if args.decoder_only:
+        vae.load_state_dict(torch.load(args.work_dir / "vae.pt")["model"])
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    if args.path.exists():
+        state = torch.load(args.path)
         vae.load_state_dict(state["model"])
         for part, saved in zip(optimizer.parts, state["optimizer"], strict=True):
             part.load_state_dict(saved)
@@ -139,15 +148,17 @@ def run(
 ) -> None:
     """The steps of training."""
     simulator, (scenes, _) = Simulator(), split_scenes()
-    path, step, before = args.work_dir / "vae.pt", state["step"], state["time_s"]
+    path, step, before = args.path, state["step"], state["time_s"]
     generator = torch.Generator().manual_seed(1 + step)
     started = time.monotonic()
     while (spent := before + time.monotonic() - started) < 60 * args.minutes:
         chosen = torch.randint(len(scenes), (args.batch_size,), generator=generator)
         clips = simulator.draw([scenes[number] for number in chosen], generator)
         progress = spent / (60 * args.minutes)
-        side = 16 if progress < 0.7 else 32
-        video = cut(as_video(clips), side, generator)
+        side = 16 if progress < 0.7 and not args.decoder_only else 32
+        video = as_video(clips)
+        if not args.decoder_only:
+            video = cut(video, side, generator)
         rate = args.lr * min(1.0, (step + 1) / 50) * min(1.0, (1 - progress) / 0.4)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, error = training_loss(vae, video)
