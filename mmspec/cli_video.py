@@ -26,9 +26,10 @@ from mmspec.cli_common import (
 )
 
 VIDEO_EXAMPLES = examples(
-    'mmspec video "a red ball bounces" --out videos --timeline',
-    'mmspec video "a red ball" "a blue square" --router first-block --num 4 --format webp',
-    'mmspec video "a red ball" --router never --out exact',
+    'mmspec video "a red boot moving left slowly" --out videos --timeline',
+    'mmspec video "a red bag moving up slowly" "a blue boot moving left quickly" --num 4 \\',
+    "    --router first-block --format webp",
+    'mmspec video "a red bag moving up slowly" --router never --out exact',
     "mmspec video --file prompts.txt --out videos --router first-block+temporal:-0.03",
     'mmspec video "a cat on a lawn" --model OWNER/LARGE --drafter OWNER/SMALL --steps 4 \\',
     "    --frames 81 --height 480 --width 832 --dtype bfloat16 --device cuda",
@@ -51,7 +52,8 @@ CALIBRATE_EXAMPLES = examples(
     "    --out temporal.json",
     "mmspec calibrate --router temporal:see=seam --prompts prompts.txt --budget 0.01 \\",
     "    --losses losses.jsonl --out seam.json",
-    'mmspec video "a red ball" --router first-block+temporal:calibration=temporal.json',
+    'mmspec video "a red bag moving up slowly" \\',
+    "    --router first-block+temporal:calibration=temporal.json",
     "",
     "The router is given without its threshold. Every draft of the sample is kept and its score",
     "written to NAME.scores.jsonl, video by video: start the same command again after a kill, or",
