@@ -59,6 +59,7 @@ class Pool:
         self._waiting: list[Question] = []
         self._num_running = 0
         self._error: BaseException | None = None
+        self._is_given_up = False
         # Its lock is the right to run: waiting for the condition gives it away.
         self._baton = threading.Condition()
 
@@ -67,8 +68,8 @@ class Pool:
         if question.key not in self._answers:
             self._waiting.append(question)
             self._leave()
-            self._baton.wait_for(lambda: question.key in self._answers or self._error is not None)
-        if self._error is not None:
+            self._baton.wait_for(lambda: question.key in self._answers or self._is_given_up)
+        if self._is_given_up:
             raise RuntimeError("another video failed")
         return self._answers[question.key]
 
@@ -80,7 +81,7 @@ class Pool:
         """
         found: dict[int, T] = {}
         self._num_running = len(videos)
-        self._error = None
+        self._error, self._is_given_up = None, False
 
         def work(number: int, video: Callable[[], T]) -> None:
             with self._baton:
@@ -115,9 +116,12 @@ class Pool:
             if not waiting:
                 return
             try:
-                self._answer(waiting)
+                if self._error is None:
+                    self._answer(waiting)
             except BaseException as error:
-                self._error = self._error or error
+                self._error = error
+            # Only here, where nobody runs: one who gives up on his own is counted twice.
+            self._is_given_up = self._error is not None
             self._num_running += len(waiting)
             self._baton.notify_all()
 
