@@ -29,7 +29,7 @@ from mmspec.drafters.reference import ReferenceDrafter
 from mmspec.ledger import Ledger
 from mmspec.records import Guarantee, Outcome, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
-from mmspec.schedule import AdaptiveSchedule
+from mmspec.retrieval_schedule import RetrievalSchedule
 from mmspec.speculation import DEFAULT_WIDTHS, Settings
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -235,7 +235,7 @@ def main() -> None:
                         else:
                             drafter = NgramDrafter(rows, config.vocab_size, **options)
                         width = DEFAULT_WIDTHS[drafter.name]
-                        schedule = AdaptiveSchedule(width, lambda: rows.max_remaining, is_free=True, costs=known or None)
+                        schedule = RetrievalSchedule(width, lambda: rows.max_remaining, costs=known or None)
                         replay(drafter, rows, [one["tokens"] for one in batch], schedule, Clock(args.model, dtype, size), tally)
                         known = schedule.costs
                         del drafter

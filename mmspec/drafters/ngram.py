@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 from mmspec.drafters.drafts import Calibration, Draft, merge
 from mmspec.drafters.suffix import MatchState, SuffixAutomaton
 from mmspec.drafters.trie import NgramTrie
-from mmspec.drafters.width import propose_worthwhile
+from mmspec.drafters.width import least_score, propose_worthwhile
+from mmspec.drafters.plain import root_only
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 from mmspec.tree import BUCKETS
@@ -88,16 +89,21 @@ class NgramDrafter:
 
     def propose(self, plan: Plan) -> Proposal:
         """What followed each row's tail, as far as it is worth verifying."""
-        return propose_worthwhile(self.find(plan.width - 1), self._rows, plan, self._vocab_size)
+        if plan.width == 1:
+            self._found = []
+            return root_only(self._rows)
+        found = self.find(plan.width - 1, least_score(plan))
+        return propose_worthwhile(found, self._rows, plan, self._vocab_size)
 
-    def find(self, budget: int) -> list[Draft]:
+    def find(self, budget: int, least: float = 0.0) -> list[Draft]:
         """What followed each row's tail: a draft per row, its scores the chances of its nodes.
 
         Args:
             budget: Most nodes of a row; `commit` learns from what was found last.
+            least: Score below which nodes are not looked for.
         """
         self._found = [
-            Draft() if done or not budget else self._draft(row, budget)
+            Draft() if done else self._draft(row, budget, least)
             for row, done in enumerate(self._rows.host_done)
         ]
         return list(map(self._calibration.calibrated, self._found))
@@ -109,13 +115,16 @@ class NgramDrafter:
         for row, new in enumerate(outcome.new_units):
             if not outcome.was_active[row]:
                 continue
-            self._calibration.learn(self._found[row], new)
+            if self._found:
+                self._calibration.learn(self._found[row], new)
             self.memory.extend(self._streams[row], new)
             if self._states:
                 self._states[row].extend(new)
 
-    def _draft(self, row: int, budget: int) -> Draft:
-        draft = self.memory.draft(self._streams[row], budget, branching=self._branching)
+    def _draft(self, row: int, budget: int, least: float) -> Draft:
+        draft = self.memory.draft(
+            self._streams[row], budget, branching=self._branching, least=least
+        )
         if self._corpus is not None:
             found = self._corpus.draft(
                 self._states[row], budget, max_depth=budget, branching=self._branching

@@ -44,13 +44,28 @@ def worthwhile_width(survivals: Sequence[Sequence[float]], rows: TokenRows, plan
     longest = max(map(len, found), default=0)
     best_width, best_gain = 1, 0.0
     for width in _widths(plan.width):
-        price = plan.prices.get(width, DEFAULT_NODE_PRICE * (width - 1))
-        gain = sum(sum(row[: width - 1]) for row in found) / max(len(behind), 1) - price
+        gain = sum(sum(row[: width - 1]) for row in found) / max(len(behind), 1)
+        gain -= _price(plan, width)
         if longest and gain > best_gain:
             best_width, best_gain = width, gain
         if width > longest:
             break
     return best_width
+
+
+def least_score(plan: Plan) -> float:
+    """Score of a node that can hardly be worth its price in a step of any width.
+
+    Half of the least that a node more costs between two widths: scores are guesses.
+    """
+    steps = [0.0, *(_price(plan, width) for width in _widths(plan.width))]
+    sizes = [1, *_widths(plan.width)]
+    nodes = zip(steps, steps[1:], sizes, sizes[1:], strict=False)
+    return max(0.5 * min((b - a) / (to - from_) for a, b, from_, to in nodes), 0.0)
+
+
+def _price(plan: Plan, width: int) -> float:
+    return plan.prices.get(width, DEFAULT_NODE_PRICE * (width - 1))
 
 
 def _widths(widest: int) -> list[int]:
