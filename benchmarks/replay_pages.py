@@ -124,8 +124,14 @@ class Clock:
         return 1 + NOISE * self._dice.random() + 2 * (self._dice.random() < 0.01)
 
 
-def replay(drafter: Any, rows: TokenRows, truths: Sequence[list[int]], schedule: Any, clock: Clock,
-           tally: Tally) -> None:
+def replay(
+    drafter: Any,
+    rows: TokenRows,
+    truths: Sequence[list[int]],
+    schedule: Any,
+    clock: Clock,
+    tally: Tally,
+) -> None:
     """Decodes a batch whose target writes the truths."""
     drafter.prefill()
     ledger = Ledger(drafter=drafter.name, guarantee=Guarantee.EXACT)
@@ -136,8 +142,10 @@ def replay(drafter: Any, rows: TokenRows, truths: Sequence[list[int]], schedule:
         began = time.thread_time()
         proposal = drafter.propose(plan)
         proposed = time.thread_time()
-        new = [_agreed(proposal, r, truth[len(rows.new_tokens(r)):]) if on else []
-               for r, (truth, on) in enumerate(zip(truths, active, strict=True))]
+        new = [
+            _agreed(proposal, r, truth[len(rows.new_tokens(r)) :]) if on else []
+            for r, (truth, on) in enumerate(zip(truths, active, strict=True))
+        ]
         for r, tokens in enumerate(new):
             rows.host_tokens[r] += tokens
             rows.host_done[r] = len(rows.new_tokens(r)) == len(truths[r])
@@ -153,8 +161,9 @@ def replay(drafter: Any, rows: TokenRows, truths: Sequence[list[int]], schedule:
         is_first = not ledger.steps
         noise = clock.noise()
         forward_s = 0.0 if is_first else clock.forward_s(sum(active), proposal.width) * noise
-        scores = Scores(logits_BNV=proposal.tokens_BN, positions_BN=proposal.tokens_BN,
-                        forward_time_s=forward_s)
+        scores = Scores(
+            logits_BNV=proposal.tokens_BN, positions_BN=proposal.tokens_BN, forward_time_s=forward_s
+        )
         step_s = sum(host_s) + forward_s + other[proposal.width > 1] / 1e3
         schedule.observe(ledger.record(proposal, scores, outcome, host_s[0], step_s))
         tally.num_tokens += sum(map(len, new))
@@ -206,6 +215,7 @@ def main() -> None:
     systems = args.systems.split(",") if args.systems else SYSTEMS[args.model]
     from mmspec.assets import bundled_path
     from transformers import AutoConfig, AutoTokenizer
+
     folder = bundled_path(args.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder).get_text_config()
@@ -226,24 +236,50 @@ def main() -> None:
                             keys_B=torch.zeros(len(batch), dtype=torch.long),
                             eos_token_ids=[batch[0]["tokens"][-1]],
                         )
-                        options: dict[str, Any] = {"memory": memory, "placeholders": [max(set(batch[0]["prompt"]), key=batch[0]["prompt"].count)]}
+                        options: dict[str, Any] = {
+                            "memory": memory,
+                            "placeholders": [
+                                max(set(batch[0]["prompt"]), key=batch[0]["prompt"].count)
+                            ],
+                        }
                         if system.startswith(("reference", "text")):
                             key = "text" if system == "text_layer" else "ocr"
-                            drafter: Any = ReferenceDrafter(rows, config.vocab_size, references=[
-                                garbled(one[key]) if kind == "failed" and key == "text" else one[key] for one in batch
-                            ], tokenizer=tokenizer, **options)
+                            drafter: Any = ReferenceDrafter(
+                                rows,
+                                config.vocab_size,
+                                references=[
+                                    garbled(one[key])
+                                    if kind == "failed" and key == "text"
+                                    else one[key]
+                                    for one in batch
+                                ],
+                                tokenizer=tokenizer,
+                                **options,
+                            )
                         else:
                             drafter = NgramDrafter(rows, config.vocab_size, **options)
                         width = DEFAULT_WIDTHS[drafter.name]
-                        schedule = RetrievalSchedule(width, lambda: rows.max_remaining, costs=known or None)
-                        replay(drafter, rows, [one["tokens"] for one in batch], schedule, Clock(args.model, dtype, size), tally)
+                        schedule = RetrievalSchedule(
+                            width, lambda: rows.max_remaining, costs=known or None
+                        )
+                        replay(
+                            drafter,
+                            rows,
+                            [one["tokens"] for one in batch],
+                            schedule,
+                            Clock(args.model, dtype, size),
+                            tally,
+                        )
                         known = schedule.costs
                         del drafter
                     ocr_s = OCR_S * len(chosen) if "reference" in system else 0.0
-                    print(f"{dtype:8} x{size} {kind:8} {system:15} tau {tally.num_tokens / tally.num_row_steps:5.2f} "
-                          f"forwards {tally.num_forwards:5} nodes {tally.num_nodes:6} host {1e3 * tally.host_s / tally.num_forwards:5.2f} ms "
-                          f"speed {tally.plain_s / tally.seconds:5.2f} with ocr {tally.plain_s / (tally.seconds + ocr_s):5.2f} "
-                          f"{dict(sorted(tally.widths.items()))}", flush=True)
+                    print(
+                        f"{dtype:8} x{size} {kind:8} {system:15} tau {tally.num_tokens / tally.num_row_steps:5.2f} "
+                        f"forwards {tally.num_forwards:5} nodes {tally.num_nodes:6} host {1e3 * tally.host_s / tally.num_forwards:5.2f} ms "
+                        f"speed {tally.plain_s / tally.seconds:5.2f} with ocr {tally.plain_s / (tally.seconds + ocr_s):5.2f} "
+                        f"{dict(sorted(tally.widths.items()))}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -22,25 +22,32 @@ IN_VAIN = 0
 class RetrievalSchedule:
     """Asks for drafts as long as they save time, and now and then while they do not.
 
-    An asked step is compared with plain steps for as many units: what it saves, averaged over the
-    latest such steps, says whether to ask again. Once it is a loss, asking is a probe, and probes
-    are paid from a budget as in `mmspec.schedule.AdaptiveSchedule`.
+    An asked step is compared with plain steps for as many units. What asked steps lose is added up,
+    and what they save is taken off, some of it as credit; past a bound the drafter rests, that is,
+    steps are plain for a while. Then it is asked again, with a smaller bound and twice the rest behind it, as
+    long as it does not pay.
 
-    Each width has a price: the units that its longer forward would bring if it were plain
-    steps. So no draft is verified that is not expected to be worth its forward, and every one that is.
+    Each width has a price: a share of the units that plain steps would bring while its longer
+    forward takes.
     """
 
-    #: Weight of the latest asked step in what asking saves, and the most plain steps one counts for.
-    WEIGHT = 0.1
-    MOST_SAVED = 8.0
+    #: Share of that price; near break-even the seconds hardly change, while more units per forward
+    #: come out.
+    LENIENCE = 0.6
+    #: Plain steps that asking may lose before the first rest, as a share of a generation and at
+    #: most, and the share of these before any later rest.
+    GRACE_SHARE = 0.03
+    GRACE = 12
+    LATER_GRACE = 0.25
+    #: Plain steps that were saved before and may be lost on top.
+    CREDIT = 24
+    #: Plain steps of the first rest; each further one is twice as long.
+    FIRST_REST = 32
     #: Plain steps are timed again this often, unless drafts bring this many units per step.
     PLAIN_EVERY = 64
     CLEAR_GAIN = 3.0
-    #: Share of the time that probes may lose.
-    PROBE_SHARE = 0.02
-    #: Plain steps that probes may lose on top, and the share of a generation that these may be.
-    GRACE = 4
-    GRACE_SHARE = 0.03
+    #: A second plain step is timed after this many.
+    SECOND_PLAIN = 4
     #: Steps before the schedule may say that drafts do not pay.
     PATIENCE = 48
 
@@ -66,13 +73,14 @@ class RetrievalSchedule:
         self._costs = StepCosts(costs)
         self._progress = Progress()
         self._has_begun = False
-        self._grace = 0.0
+        self._bound = 0.0  # of what may be lost, in plain steps
+        self._lost = 0.0
+        self._rest = self.FIRST_REST
+        self._wakes_at = 0
         self._steps = 0
         self._asked = 1
         self._last_plain = 0
-        self._elapsed_s = 0.0
-        self._saved = 0.0  # by an asked step, in plain steps
-        self._lost = 0.0  # by probes, in plain steps
+        self._units_per_ask = 1.0
         self._warned = False
 
     @property
@@ -83,13 +91,13 @@ class RetrievalSchedule:
     def plan(self) -> Plan:
         """Returns the plan of the next step."""
         if not self._has_begun:
-            self._grace = min(self.GRACE, self.GRACE_SHARE * self._remaining())
+            self._bound = min(self.GRACE, self.GRACE_SHARE * self._remaining())
             return Plan(width=1)
         self._steps += 1
         self._asked = 1
         plain = self._cost(1)
         # The first is plain: without it no draft has a price.
-        if not self._widths or plain is None or not self._is_worth_asking(plain):
+        if not self._widths or plain is None or self._is_plain_due():
             return Plan(width=1)
         self._asked = clamped(self._widths[-1], self._remaining())
         return Plan(width=self._asked, prices=self._prices(plain))
@@ -101,29 +109,41 @@ class RetrievalSchedule:
             return
         key = record.width if record.width > 1 or self._asked == 1 else IN_VAIN
         self._costs.add(key, record.wall_time_s)
-        # A compilation is no measure of the speed: what is usual for the width counts.
-        took = min(record.wall_time_s, self._cost(key) or math.inf)
-        self._elapsed_s += took
-        units, _ = self._progress.advance(record)
+        slowest, _ = self._progress.advance(record)
+        # A batch ends with its slowest row, but steps get shorter whenever one ends.
+        units = 0.5 * (slowest + sum(record.num_emitted) / max(sum(record.was_active), 1))
         plain = self._cost(1)
         if self._asked == 1:
             self._last_plain = self._steps
         elif plain is not None:
-            saved = units - took / plain
-            self._lost = max(self._lost - saved, 0.0)
-            self._saved += self.WEIGHT * (min(saved, self.MOST_SAVED) - self._saved)
+            # A compilation is no measure of the speed: what is usual for the width counts.
+            took = min(record.wall_time_s, self._cost(key) or math.inf)
+            self._units_per_ask += 0.1 * (units - self._units_per_ask)
+            self._weigh(units - took / plain, plain)
 
-    def _is_worth_asking(self, plain: float) -> bool:
-        if self._saved >= 0.0:
-            wait = self.PLAIN_EVERY if len(self.costs[1]) > 1 else self.GRACE
-            return self._saved > self.CLEAR_GAIN or self._steps - self._last_plain <= wait
-        self._warn_once(plain)
-        return self._lost * plain <= self._grace * plain + self.PROBE_SHARE * self._elapsed_s
+    def _weigh(self, saved: float, plain: float) -> None:
+        """Adds up what asking loses; past the bound it rests."""
+        self._lost = max(self._lost - saved, -self.CREDIT)
+        if self._lost <= 0.0:
+            self._rest = self.FIRST_REST
+        elif self._lost > self._bound:
+            self._warn_once(plain)
+            self._wakes_at = self._steps + self._rest
+            self._rest *= 2
+            self._lost *= 1.0 - self.LATER_GRACE
+
+    def _is_plain_due(self) -> bool:
+        if self._steps <= self._wakes_at:
+            return True
+        wait = self.PLAIN_EVERY if len(self.costs[1]) > 1 else self.SECOND_PLAIN
+        is_slow = self._units_per_ask < self.CLEAR_GAIN
+        return is_slow and self._steps - self._last_plain > wait
 
     def _prices(self, plain: float) -> dict[int, float]:
         """Units in which plain steps would be as long as the wider forward of each width is longer."""
         least = self._cost(IN_VAIN) or plain
-        return {w: max((self._cost(w) or plain) - least, 0.0) / plain for w in self._widths}
+        share = self.LENIENCE / plain
+        return {w: share * max((self._cost(w) or plain) - least, 0.0) for w in self._widths}
 
     def _cost(self, width: int) -> float | None:
         return self._costs.of(width, is_batch=self._progress.num_rows > 1)
@@ -133,8 +153,8 @@ class RetrievalSchedule:
             return
         self._warned = True
         logger.warning(
-            "speculation does not pay here: a step with drafts loses %.1f plain ones of %.1f ms; "
+            "speculation does not pay here: drafts have lost the time of %.1f plain steps of %.1f ms; "
             "falling back to plain decoding",
-            -self._saved,
+            self._lost,
             1e3 * plain,
         )

@@ -276,7 +276,7 @@ def test_a_free_drafter_is_told_what_its_drafts_must_bring():
 
 
 def test_other_drafters_are_told_no_prices():
-    schedule = AdaptiveSchedule(16, endless, costs={1: [1.0] * 3, 16: [3.0] * 3})
+    schedule = AdaptiveSchedule(16, endless)
     schedule.observe(record(1, 0.0))
     assert schedule.plan().prices == {}
 

@@ -133,6 +133,11 @@ class Alignment:
                     self._advance(_BREAK)
                 self._gap += character
 
+    @property
+    def num_agreed(self) -> int:
+        """Symbols up to here that agreed with the reference in a row; no more than `SETTLED` count."""
+        return self._agreed
+
     def continuations(self, *num_characters: int) -> list[Continuation]:
         """What may follow, the likeliest first, each text another.
 

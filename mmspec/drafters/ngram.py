@@ -7,6 +7,7 @@ structures are in `mmspec.drafters.trie` (the rows themselves and earlier output
 
 import weakref
 from collections.abc import Collection, Sequence
+from operator import or_
 
 from mmspec.drafters.drafts import Calibration, Draft, merge
 from mmspec.drafters.suffix import MatchState, SuffixAutomaton
@@ -90,21 +91,31 @@ class NgramDrafter:
     def propose(self, plan: Plan) -> Proposal:
         """What followed each row's tail, as far as it is worth verifying."""
         if plan.width == 1:
-            self._found = []
+            self.rest()
             return root_only(self._rows)
         found = self.find(plan.width - 1, least_score(plan))
         return propose_worthwhile(found, self._rows, plan, self._vocab_size)
 
-    def find(self, budget: int, least: float = 0.0) -> list[Draft]:
+    def rest(self) -> None:
+        """Looks for nothing in this step."""
+        self._found = []
+
+    def find(
+        self, budget: int, least: float = 0.0, *, without: Sequence[bool] | None = None
+    ) -> list[Draft]:
         """What followed each row's tail: a draft per row, its scores the chances of its nodes.
 
         Args:
             budget: Most nodes of a row; `commit` learns from what was found last.
             least: Score below which nodes are not looked for.
+            without: Rows that are left out, besides those that have ended.
         """
+        left_out = (
+            self._rows.host_done if without is None else map(or_, self._rows.host_done, without)
+        )
         self._found = [
-            Draft() if done else self._draft(row, budget, least)
-            for row, done in enumerate(self._rows.host_done)
+            Draft() if is_out else self._draft(row, budget, least)
+            for row, is_out in enumerate(left_out)
         ]
         return list(map(self._calibration.calibrated, self._found))
 
