@@ -1,35 +1,39 @@
 """What drafting would cost and bring on pages and captions, counted and not clocked.
 
-The bundled model writes its held-out inputs once, plainly, and the tokens are kept in a file. Then
-the real drafters and the real schedule replay them: an oracle accepts what agrees with those tokens,
-a table says what a forward of each width takes, and the host's work counts by the seconds of its own
-thread. So other load on the machine moves the figures little.
+The bundled model writes its held-out inputs once, plainly, and the tokens are kept in a file.
+Then the real drafters and the real schedule replay them: an oracle accepts what agrees with them, a
+table says what a forward of each width takes, and the host's work counts by the seconds of its own
+thread.
 
     python benchmarks/replay_pages.py --model pages --keep /tmp/pages.json
     python benchmarks/replay_pages.py --model captioner --keep /tmp/captions.json
 """
 
 import argparse
+import itertools
 import json
 import random
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
+from mmspec.assets import bundled_path
 from mmspec.bench.document import Reader, garbled
 from mmspec.bench.vlm import new_store
 from mmspec.bench.vlm_setups import load_captions, load_pages, load_vlm, run_vlm
 from mmspec.drafters.ngram import NgramDrafter
 from mmspec.drafters.reference import ReferenceDrafter
 from mmspec.ledger import Ledger
-from mmspec.records import Guarantee, Outcome, Proposal, Scores, Verdict
-from mmspec.rows import TokenRows
+from mmspec.records import Guarantee, Outcome, Proposal, Scores
 from mmspec.retrieval_schedule import RetrievalSchedule
+from mmspec.rows import TokenRows
 from mmspec.speculation import DEFAULT_WIDTHS, Settings
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -44,8 +48,8 @@ FORWARDS = {
     ("captioner", "float32", 8): (2.13, 2.29, 2.43, 2.67, 3.16, 4.07, 5.73),
     ("captioner", "bfloat16", 8): (3.18, 3.32, 3.33, 3.57, 4.03, 4.80, 5.96),
 }
-#: Milliseconds that a step takes besides forward and drafter, without drafts and with them: packing,
-#: the mask, the walk, moving keys.
+#: Milliseconds of a step besides forward and drafter, without drafts and with them: packing, the
+#: mask, the walk, moving keys.
 OTHER = {1: (0.4, 1.0), 8: (0.5, 1.5)}
 #: Seconds of the OCR for a page.
 OCR_S = 0.22
@@ -99,6 +103,16 @@ class Tally:
     host_s: float = 0.0
     plain_s: float = 0.0
     widths: Counter[int] = field(default_factory=Counter)
+
+    def line(self, ocr_s: float) -> str:
+        """The figures; speeds are those over plain decoding, with and without the OCR's seconds."""
+        return (
+            f"tau {self.num_tokens / self.num_row_steps:5.2f} forwards {self.num_forwards:5} "
+            f"nodes {self.num_nodes:6} host {1e3 * self.host_s / self.num_forwards:5.2f} ms "
+            f"speed {self.plain_s / self.seconds:5.2f} "
+            f"with OCR {self.plain_s / (self.seconds + ocr_s):5.2f} "
+            f"widths {dict(sorted(self.widths.items()))}"
+        )
 
 
 class Clock:
@@ -196,90 +210,68 @@ def _agreed(proposal: Proposal, row: int, truth: list[int]) -> list[int]:
     return new
 
 
+def drafter_of(system: str, rows: TokenRows, batch: Sequence[dict[str, Any]], memory: Any) -> Any:
+    """The drafter of a system for a batch."""
+    folder = bundled_path("captioner" if batch[0]["kind"] == "captions" else "pages")
+    vocab_size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    prompt = batch[0]["prompt"]
+    options = {"memory": memory, "placeholders": [max(set(prompt), key=prompt.count)]}
+    if system.startswith("ngram"):
+        return NgramDrafter(rows, vocab_size, **options)
+    texts = [one["text" if system == "text_layer" else "ocr"] for one in batch]
+    if batch[0]["kind"] == "failed":
+        texts = list(map(garbled, texts))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return ReferenceDrafter(rows, vocab_size, references=texts, tokenizer=tokenizer, **options)
+
+
+def measured(
+    clock: Clock, system: str, inputs: Sequence[dict[str, Any]], size: int, known: dict[int, Any]
+) -> Tally:
+    """Replays inputs of a kind batch after batch; what steps cost is remembered in ``known``."""
+    tally, memory = Tally(), new_store() if system.endswith("store") else None
+    for first in range(0, len(inputs), size):
+        batch = inputs[first : first + size]
+        rows = TokenRows(
+            [one["prompt"] for one in batch],
+            max_new_tokens=[40 if batch[0]["kind"] == "captions" else 480] * len(batch),
+            keys_B=torch.zeros(len(batch), dtype=torch.long),
+            eos_token_ids=[batch[0]["tokens"][-1]],
+        )
+        drafter = drafter_of(system, rows, batch, memory)
+        remaining = partial(getattr, rows, "max_remaining")
+        schedule = RetrievalSchedule(DEFAULT_WIDTHS[drafter.name], remaining, costs=known)
+        replay(drafter, rows, [one["tokens"] for one in batch], schedule, clock, tally)
+        known.clear()
+        known.update(schedule.costs)
+    return tally
+
+
 def main() -> None:
     """Prints a line for each configuration, kind and system."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=list(SYSTEMS), default="pages")
     parser.add_argument("--keep", type=Path, required=True)
-    parser.add_argument("--kinds")
-    parser.add_argument("--systems")
-    parser.add_argument("--dtypes", default="float32,bfloat16,steep")
+    parser.add_argument("--kinds", nargs="*")
+    parser.add_argument("--systems", nargs="*")
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16", "steep"])
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--inputs", type=int, default=4)
+    parser.add_argument("--inputs", type=int, default=4, help="Of each kind; at least a batch.")
     args = parser.parse_args()
     torch.set_num_threads(1)
     inputs = written(args.model, args.keep)
-    for row in [one for one in inputs if one["kind"] == "clean"]:
-        inputs.append({**row, "kind": "failed", "ocr": garbled(row["ocr"])})
-    kinds = args.kinds.split(",") if args.kinds else sorted({row["kind"] for row in inputs})
-    systems = args.systems.split(",") if args.systems else SYSTEMS[args.model]
-    from mmspec.assets import bundled_path
-    from transformers import AutoConfig, AutoTokenizer
-
-    folder = bundled_path(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    for dtype in args.dtypes.split(","):
-        for size in args.batch:
-            if (args.model, dtype, size) not in FORWARDS:
-                continue
-            known: dict[int, Any] = {}
-            for kind in kinds:
-                chosen = [row for row in inputs if row["kind"] == kind][: max(args.inputs, size)]
-                for system in systems:
-                    tally, memory = Tally(), new_store() if system.endswith("store") else None
-                    for first in range(0, len(chosen), size):
-                        batch = chosen[first : first + size]
-                        rows = TokenRows(
-                            [one["prompt"] for one in batch],
-                            max_new_tokens=[480 if args.model == "pages" else 40] * len(batch),
-                            keys_B=torch.zeros(len(batch), dtype=torch.long),
-                            eos_token_ids=[batch[0]["tokens"][-1]],
-                        )
-                        options: dict[str, Any] = {
-                            "memory": memory,
-                            "placeholders": [
-                                max(set(batch[0]["prompt"]), key=batch[0]["prompt"].count)
-                            ],
-                        }
-                        if system.startswith(("reference", "text")):
-                            key = "text" if system == "text_layer" else "ocr"
-                            drafter: Any = ReferenceDrafter(
-                                rows,
-                                config.vocab_size,
-                                references=[
-                                    garbled(one[key])
-                                    if kind == "failed" and key == "text"
-                                    else one[key]
-                                    for one in batch
-                                ],
-                                tokenizer=tokenizer,
-                                **options,
-                            )
-                        else:
-                            drafter = NgramDrafter(rows, config.vocab_size, **options)
-                        width = DEFAULT_WIDTHS[drafter.name]
-                        schedule = RetrievalSchedule(
-                            width, lambda: rows.max_remaining, costs=known or None
-                        )
-                        replay(
-                            drafter,
-                            rows,
-                            [one["tokens"] for one in batch],
-                            schedule,
-                            Clock(args.model, dtype, size),
-                            tally,
-                        )
-                        known = schedule.costs
-                        del drafter
-                    ocr_s = OCR_S * len(chosen) if "reference" in system else 0.0
-                    print(
-                        f"{dtype:8} x{size} {kind:8} {system:15} tau {tally.num_tokens / tally.num_row_steps:5.2f} "
-                        f"forwards {tally.num_forwards:5} nodes {tally.num_nodes:6} host {1e3 * tally.host_s / tally.num_forwards:5.2f} ms "
-                        f"speed {tally.plain_s / tally.seconds:5.2f} with ocr {tally.plain_s / (tally.seconds + ocr_s):5.2f} "
-                        f"{dict(sorted(tally.widths.items()))}",
-                        flush=True,
-                    )
+    inputs += [one | {"kind": "failed"} for one in inputs if one["kind"] == "clean"]
+    for dtype, size in itertools.product(args.dtypes, args.batch):
+        if (args.model, dtype, size) not in FORWARDS:
+            continue
+        known: dict[int, Any] = {}
+        for kind in args.kinds or sorted({one["kind"] for one in inputs}):
+            chosen = [one for one in inputs if one["kind"] == kind][: max(args.inputs, size)]
+            for system in args.systems or SYSTEMS[args.model]:
+                clock = Clock(args.model, dtype, size)
+                tally = measured(clock, system, chosen, size, known)
+                ocr_s = OCR_S * len(chosen) if "reference" in system else 0.0
+                print(f"{dtype:8} x{size} {kind:8} {system:15} {tally.line(ocr_s)}", flush=True)
 
 
 if __name__ == "__main__":

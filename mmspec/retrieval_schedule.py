@@ -24,8 +24,8 @@ class RetrievalSchedule:
 
     An asked step is compared with plain steps for as many units. What asked steps lose is added up,
     and what they save is taken off, some of it as credit; past a bound the drafter rests, that is,
-    steps are plain for a while. Then it is asked again, with a smaller bound and twice the rest behind it, as
-    long as it does not pay.
+    steps are plain for a while. Then it is asked again, with less to lose and twice the rest behind
+    it, as long as it does not pay.
 
     Each width has a price: a share of the units that plain steps would bring while its longer
     forward takes.
@@ -140,7 +140,7 @@ class RetrievalSchedule:
         return is_slow and self._steps - self._last_plain > wait
 
     def _prices(self, plain: float) -> dict[int, float]:
-        """Units in which plain steps would be as long as the wider forward of each width is longer."""
+        """A share of the units that plain steps would bring in the time that each width adds."""
         least = self._cost(IN_VAIN) or plain
         share = self.LENIENCE / plain
         return {w: share * max((self._cost(w) or plain) - least, 0.0) for w in self._widths}
@@ -153,8 +153,8 @@ class RetrievalSchedule:
             return
         self._warned = True
         logger.warning(
-            "speculation does not pay here: drafts have lost the time of %.1f plain steps of %.1f ms; "
-            "falling back to plain decoding",
+            "speculation does not pay here: drafts have lost the time of %.1f plain steps, %.1f ms "
+            "each; falling back to plain decoding",
             self._lost,
             1e3 * plain,
         )

@@ -135,7 +135,7 @@ class Alignment:
 
     @property
     def num_agreed(self) -> int:
-        """Symbols up to here that agreed with the reference in a row; no more than `SETTLED` count."""
+        """Symbols in a row that agreed lately; they are counted up to `SETTLED`."""
         return self._agreed
 
     def continuations(self, *num_characters: int) -> list[Continuation]:

@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 from operator import or_
 
 from mmspec.drafters.drafts import Calibration, Draft, merge
+from mmspec.drafters.plain import root_only
 from mmspec.drafters.suffix import MatchState, SuffixAutomaton
 from mmspec.drafters.trie import NgramTrie
 from mmspec.drafters.width import least_score, propose_worthwhile
-from mmspec.drafters.plain import root_only
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 from mmspec.tree import BUCKETS
