@@ -33,7 +33,7 @@ class RetrievalSchedule:
 
     #: Share of that price; near break-even the seconds hardly change, while more units per forward
     #: come out.
-    LENIENCE = 0.6
+    LENIENCE = 0.8
     #: Plain steps that asking may lose before the first rest, as a share of a generation and at
     #: most, and the share of these before any later rest.
     GRACE_SHARE = 0.03
@@ -73,7 +73,8 @@ class RetrievalSchedule:
         self._costs = StepCosts(costs)
         self._progress = Progress()
         self._has_begun = False
-        self._bound = 0.0  # of what may be lost, in plain steps
+        # Of what may be lost, in plain steps.
+        self._bound = min(self.GRACE, self.GRACE_SHARE * remaining())
         self._lost = 0.0
         self._rest = self.FIRST_REST
         self._wakes_at = 0
@@ -91,7 +92,6 @@ class RetrievalSchedule:
     def plan(self) -> Plan:
         """Returns the plan of the next step."""
         if not self._has_begun:
-            self._bound = min(self.GRACE, self.GRACE_SHARE * self._remaining())
             return Plan(width=1)
         self._steps += 1
         self._asked = 1
