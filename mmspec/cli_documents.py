@@ -143,6 +143,7 @@ def parse(
             batch_size=batch_size,
             num_workers=workers,
             retry_errors=retry_errors,
+            after=job.after,
         )
 
 
@@ -251,6 +252,7 @@ def _run(
     as_json: bool,
     resume: bool,
     retry_errors: bool,
+    after: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> None:
     """Runs a job over pages and ends with its summary; exit code 1 if any page failed."""
@@ -265,6 +267,8 @@ def _run(
         missing = missing_tasks(tasks, journal, retry_errors=retry_errors)
         if written is not None:
             written.begin(journal, missing)
+        if after is not None and missing:
+            job = after(journal)
         with _stoppable(path), _page_bar(len(tasks), len(missing)) as bar:
             for record in records_of(journal, _failed_before(tasks, missing, journal)):
                 _say(f"mmspec: {record['error']} (before; --retry-errors tries again)")

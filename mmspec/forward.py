@@ -7,6 +7,7 @@ what the tokens mean. Shape suffixes as in `mmspec.records`, and
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +111,8 @@ class SlotForward:
     Attributes:
         cache: The model's keys and values.
         place: As in the constructor.
+        around: What every forward is run in.
+        is_compiled: As in the constructor.
     """
 
     def __init__(
@@ -141,7 +144,8 @@ class SlotForward:
         self.place = place
         if compile:
             self.cache.pin()
-        self._is_compiled = compile
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.is_compiled = compile
         self._call: Callable[..., object] = compiled_forward(model) if compile else model
         self._layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
         self._window = getattr(config, "sliding_window", None)
@@ -189,7 +193,8 @@ class SlotForward:
             depth_BN=node.expand(num_rows, -1),
             ancestors_BNN=_seen(node, num_cached, wholes).expand(num_rows, -1, -1),
             positions_BN=cached_B[:, None] + node,
-            is_chain=True,
+            # What sees ahead is a chain only to an empty cache, where the model masks.
+            is_chain=max(num_cached) == 0 or not any(wholes),
             keep=self._kept(last_R, chunk.device) if num_nodes > 1 else None,
             allow_compiled=False,
             rows=rows,
@@ -250,7 +255,7 @@ class SlotForward:
             cached_B, depth_BN = cached_B[fed_R], depth_BN[fed_R]
             ancestors_BNN = ancestors_BNN[fed_R]
             positions_BN = positions_BN.index_select(-2, fed_R)
-        compiled = self._is_compiled and allow_compiled
+        compiled = self.is_compiled and allow_compiled
         num_nodes = depth_BN.shape[1]
         longest, capacity = max(host_cached), self.cache.cursor.capacity
         extent = capacity if compiled else min(longest + num_nodes, capacity)
@@ -264,7 +269,10 @@ class SlotForward:
         # windows, prefixes and images that see themselves whole among them.
         is_short = self._window is None or extent < self._window
         is_plain = is_chain and is_even and (longest == 0 or (num_nodes == 1 and is_short))
-        mask = None if is_plain else self._mask(cached_B, ancestors_BNN, depth_BN, extent)
+        mask = None
+        if not is_plain:
+            past = longest if is_chain and is_even else None
+            mask = self._mask(cached_B, ancestors_BNN, depth_BN, extent, past)
         # Padding may stand behind the last position that the model knows.
         if self._max_position is not None and longest + num_nodes > self._max_position:
             positions_BN = positions_BN.clamp(max=self._max_position - 1)
@@ -272,13 +280,14 @@ class SlotForward:
         if self._takes_keep and keep is not None:
             arguments["logits_to_keep"] = keep
         call = self._call if compiled else self.model
-        return call(
-            **arguments,
-            attention_mask=mask,
-            position_ids=positions_BN,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        with self.around():
+            return call(
+                **arguments,
+                attention_mask=mask,
+                position_ids=positions_BN,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
 
     def spread(self, answer_RN: Tensor) -> Tensor:
         """What the last forward said, ``[R, N, ...]``, as ``[B, N, ...]``; zeros where not fed."""
@@ -289,14 +298,24 @@ class SlotForward:
         return spread.index_copy_(0, torch.tensor(fed, device=spread.device), answer_RN)
 
     def _mask(
-        self, cached_B: Tensor, ancestors_BNN: Tensor, depth_BN: Tensor, extent: int
+        self,
+        cached_B: Tensor,
+        ancestors_BNN: Tensor,
+        depth_BN: Tensor,
+        extent: int,
+        past: int | None,
     ) -> Tensor | dict[str, Tensor]:
+        """What each node may see, as a number to add; ``past`` is set for chains of one length."""
         # Added to the scores: eager attention wants it so, and sdpa would convert in each layer.
         # The least number, not -inf: a padding node that sees nothing must not turn into NaN.
         dtype, device = self.model.dtype, depth_BN.device
         least = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
 
         def build(window: int | None) -> Tensor:
+            if past is not None and (window is None or extent <= window):
+                # Each node sees the cached tokens, the nodes before it and itself.
+                causal_NS = least.repeat(depth_BN.shape[1], extent).triu_(past + 1)
+                return causal_NS.expand(len(depth_BN), 1, -1, -1)
             mask = slot_mask(cached_B, ancestors_BNN, depth_BN, extent, window)
             return torch.where(mask, torch.zeros_like(least), least)
 

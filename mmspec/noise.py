@@ -6,6 +6,7 @@ the drafter or the step at which a position is reached.
 Shape suffixes as in `mmspec.records`.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,9 +145,12 @@ def gumbel(
     tokens = torch.arange(vocab_size, device=bits.device, dtype=torch.int32).bitwise_and(_MAX_32)
     # lowbias32 (Wellons) with the second half of the key added between its two rounds.
     x = tokens * _GOLDEN_32 + low
-    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_MIX_A_32).add_(high)
-    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_MIX_B_32)
-    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    shifted = x >> 16
+    x = x.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(_MIX_A_32).add_(high)
+    torch.bitwise_right_shift(x, 15, out=shifted)
+    x = x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(_MIX_B_32)
+    torch.bitwise_right_shift(x, 16, out=shifted)
+    x = x.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
     return _unit_interval(x).neg_().log1p_().neg_().log_().neg_()
 
 
@@ -173,11 +177,12 @@ class NoiseWindow:
     """Choice noise of the coming positions of every row, made once per position and kept.
 
     A position is looked at in many steps (drafted, verified, rejected, verified again) and its
-    noise never changes, so it waits in a ring by position until its row has passed it.
+    noise never changes, so it waits in a ring by position until its row has passed it. The ring
+    stands twice in a row: rows of one length then find any stretch of it in one piece.
     """
 
     #: Numbers made ahead in one go where rows need few of them: small tensors cost their launch.
-    AHEAD = 1 << 18
+    AHEAD = 1 << 17
     #: Positions made ahead at most.
     MAX_AHEAD = 15
 
@@ -193,6 +198,7 @@ class NoiseWindow:
         self._row_B1 = torch.arange(keys_B.shape[0], device=keys_B.device)[:, None]
         per_position = max(keys_B.shape[0] * vocab_size, 1)
         self._ahead = min(self.AHEAD // per_position, self.MAX_AHEAD)
+        self._size = 0
         self._ring_BRV = keys_B.new_zeros(keys_B.shape[0], 0, vocab_size, dtype=torch.float32)
         self._made_until: list[int] = []
 
@@ -202,6 +208,7 @@ class NoiseWindow:
         host_lengths: Sequence[int],
         num_positions: int,
         offset: int = 0,
+        room: int = sys.maxsize,
     ) -> Float[Tensor, "B N V"]:
         """Noise of N positions of each row, the first ``offset`` behind its length.
 
@@ -210,34 +217,38 @@ class NoiseWindow:
             host_lengths: The same on the host, so that nothing is read.
             num_positions: N.
             offset: Positions to skip.
+            room: Tokens that any row may still get, at least 1; behind them no noise is made, and
+                what is given there is meaningless.
         """
         reach = offset + num_positions
-        if reach + self._ahead > self._ring_BRV.shape[1]:
+        if reach + self._ahead > self._size:
             self._grow(reach + self._ahead)
             self._made_until = list(host_lengths)
         missing = max(
-            length + reach - made
+            length + min(reach, room) - made
             for length, made in zip(host_lengths, self._made_until, strict=True)
         )
         if missing > 0:
-            self._make(lengths_B, host_lengths, reach + self._ahead, missing + self._ahead)
-        size = self._ring_BRV.shape[1]
-        first = (host_lengths[0] + offset) % size
-        if len(set(host_lengths)) == 1 and first + num_positions <= size:
+            end = min(reach + self._ahead, room)
+            self._make(lengths_B, host_lengths, end, missing + end - min(reach, room))
+        if len(set(host_lengths)) == 1:
             # Rows of one length want the same piece of the ring.
-            return self._ring_BRV.narrow(1, first, num_positions)
+            return self._ring_BRV.narrow(1, (host_lengths[0] + offset) % self._size, num_positions)
         position_BN = lengths_B[:, None] + torch.arange(offset, reach, device=lengths_B.device)
-        return self._ring_BRV[self._row_B1, position_BN % size]
+        return self._ring_BRV[self._row_B1, position_BN % self._size]
 
     def _grow(self, size: int) -> None:
-        shape = (self._ring_BRV.shape[0], size, self._vocab_size)
-        self._ring_BRV = self._ring_BRV.new_empty(shape)
+        self._size = size
+        self._ring_BRV = self._ring_BRV.new_zeros(
+            self._ring_BRV.shape[0], 2 * size, self._vocab_size
+        )
 
     def _make(self, lengths_B: Tensor, host_lengths: Sequence[int], reach: int, count: int) -> None:
         """Makes the last ``count`` positions up to ``reach`` of every row, as many as any lacks."""
-        size = self._ring_BRV.shape[1]
         span = torch.arange(max(reach - count, 0), reach, device=lengths_B.device)
         position_BN = lengths_B[:, None] + span
         noise = gumbel(self._keys_B, position_BN, self._vocab_size)
-        self._ring_BRV[self._row_B1, position_BN % size] = noise
+        slot_BN = position_BN % self._size
+        self._ring_BRV[self._row_B1, slot_BN] = noise
+        self._ring_BRV[self._row_B1, slot_BN + self._size] = noise
         self._made_until = [length + reach for length in host_lengths]

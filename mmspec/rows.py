@@ -161,7 +161,9 @@ class TokenRows:
         if window is None:
             window = self._noise[vocab_size] = NoiseWindow(self.keys_B, vocab_size)
         host_lengths = [len(tokens) for tokens in self.host_tokens]
-        return window.take(self.lengths_B, host_lengths, num_positions, offset)
+        return window.take(
+            self.lengths_B, host_lengths, num_positions, offset, max(self.max_remaining, 1)
+        )
 
     def new_tokens(self, row: int) -> list[int]:
         """The output of a row so far."""

@@ -168,6 +168,35 @@ def most_attended(scores: Tensor, kept: int) -> Tensor:
     return is_kept.nonzero()[:, 0]
 
 
+def around_peak(scores_BV: Tensor, counts_B: Tensor, kept_B: Tensor, most_kept: int) -> Tensor:
+    """Half of a choice by attention, half by what is read next.
+
+    The most attended visual tokens, and those that follow the most attended one in reading order;
+    behind the last comes the first.
+
+    Args:
+        scores_BV: Attention to the visual tokens of each row, padded behind.
+        counts_B: How many visual tokens each row has.
+        kept_B: How many to choose of each.
+        most_kept: Most of these numbers.
+
+    Returns:
+        Their indices, ``[B, most_kept]``; what is behind a row's own number does not count.
+
+    Example:
+        Scores ``[0, 0, 5, 1, 0, 3]`` and 4 to keep: 2 and 5 are attended, 3 and 4 follow.
+    """
+    index_V = torch.arange(scores_BV.shape[1], device=scores_BV.device)
+    is_there_BV = index_V < counts_B[:, None]
+    order_BV = scores_BV.masked_fill(~is_there_BV, -1.0).argsort(
+        dim=1, descending=True, stable=True
+    )
+    is_top_BV = order_BV.argsort(dim=1) < (kept_B[:, None] + 1) // 2
+    num_behind_BV = (index_V - order_BV[:, :1]) % counts_B[:, None].clamp(min=1)
+    first_BV = torch.where(is_top_BV, -1, num_behind_BV).masked_fill(~is_there_BV, len(index_V))
+    return first_BV.argsort(dim=1, stable=True)[:, :most_kept]
+
+
 def cells(grid: Tensor, side: int) -> Tensor:
     """The square that each visual token lies in, numbered in the order of their first tokens.
 

@@ -40,8 +40,12 @@ class SpeculativePipeline:
         return self.model.dtype
 
     def to(self, *args: object, **kwargs: object) -> "SpeculativePipeline":
-        """Moves or casts the model, as `torch.nn.Module.to`; returns the pipeline."""
-        self.model.to(*args, **kwargs)
+        """Moves or casts the model and that of the default drafter; returns the pipeline."""
+        drafter = getattr(self, "drafter", None)
+        small = drafter.get("model") if isinstance(drafter, Mapping) else drafter
+        for model in (self.model, small):
+            if isinstance(model, torch.nn.Module):
+                model.to(*args, **kwargs)
         return self
 
     def set_progress_bar_config(self, **kwargs: object) -> None:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmspec.adapters import encoder_decoder
 from mmspec.checks import require, require_generator
 from mmspec.drafters import DrafterSpec, parse_spec
 from mmspec.drafters.reference import Reference
 from mmspec.drafters.trie import NgramTrie
 from mmspec.ocr import Engine, PageText, installed_engines, open_engine, split_into_bands
 from mmspec.pipelines.base import SpeculativePipeline, check_positive
-from mmspec.pipelines.vlm import SpeculativeVLMPipeline
+from mmspec.pipelines.vlm import SpeculativeVLMPipeline, bundled_spec, with_loaded
 from mmspec.pipelines.vlm_inputs import Picture, opened
 from mmspec.pipelines.writing import Prompt, WrittenOutput
 from mmspec.records import Stats
@@ -31,6 +32,7 @@ logger = logging.getLogger("mmspec")
 #: transformers.
 PARSE_PROMPTS = {
     "bundled:pages": "Convert to Markdown.",
+    "florence2": "<OCR>",
     "glm_ocr": "Text Recognition:",
     "granite_docling": "Convert this page to docling.",
     "idefics3": "Convert this page to docling.",
@@ -175,14 +177,17 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
 
         Args:
             id_or_path: ``"bundled:pages"``, a folder, or a hub id.
-            drafter: Default of the calls.
+            drafter: Default of the calls; may be bundled, as in `SpeculativeVLMPipeline`.
             **kwargs: Others of `SpeculativeVLMPipeline.from_pretrained`.
 
         Raises:
             ValueError: If the model's family, the drafter or the schedule is unknown.
         """
+        drafter = bundled_spec(drafter)
         _name_of(drafter)
-        pipe = cls(SpeculativeVLMPipeline.from_pretrained(id_or_path, **kwargs), drafter=drafter)
+        reader = SpeculativeVLMPipeline.from_pretrained(id_or_path, **kwargs)
+        options = {"dtype": kwargs.get("dtype") or "auto", "device_map": kwargs.get("device_map")}
+        pipe = cls(reader, drafter=with_loaded(drafter, **options))
         pipe.prompt = PARSE_PROMPTS.get(str(id_or_path), pipe.prompt)
         return pipe
 
@@ -226,6 +231,11 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         """Forgets earlier pages."""
         self.store = NgramTrie(max_draft=BUCKETS[-1])
 
+    def remember(self, texts: Iterable[str]) -> None:
+        """Adds texts of pages that an earlier process wrote to the store, the oldest first."""
+        for text in texts:
+            self.store.observe(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     @torch.no_grad()
     def __call__(
         self,
@@ -267,6 +277,11 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         name = _name_of(drafter)
         check_positive("batch_size", batch_size)
         require(prompt is None or isinstance(prompt, str), "prompt", "None or a text", prompt)
+        if prompt is None and self.model.config.model_type == "vision-encoder-decoder":
+            raise ValueError(
+                "prompt must be given: what begins a page depends on the checkpoint (Nougat's "
+                "start token, the token of one of Donut's tasks)"
+            )
         work = _opened_pages(pages, references)
         batches = [work[first : first + batch_size] for first in range(0, len(work), batch_size)]
         seeds = _seeds_by_batch(options.pop("generator", None), batches)
@@ -300,10 +315,14 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         """What the model answers for each image."""
         if prompt is None:
             prompt = self.prompt
-        asked: Prompt = f"{self.processor.image_token}{prompt}"
-        if getattr(self.processor, "chat_template", None) is not None:
+        asked: Prompt
+        if self.model.config.model_type in encoder_decoder.FAMILIES:
+            asked = prompt
+        elif getattr(self.processor, "chat_template", None) is not None:
             parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
             asked = [{"role": "user", "content": parts}]
+        else:
+            asked = f"{self.processor.image_token}{prompt}"
         answer = self.reader([asked] * len(images), images=[[one] for one in images], **options)
         assert isinstance(answer, WrittenOutput)
         return answer

@@ -1,6 +1,6 @@
 """Images and text to text with a vision-language model of transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ class SpeculativeVLMPipeline(WritingPipeline):
 
         Args:
             id_or_path: ``"bundled:captioner"``, a folder, or a hub id.
-            drafter: Default of the calls; None is "ngram".
+            drafter: Default of the calls; None is "ngram". ``"bundled:pages-drafter"``, as such or
+                as ``model`` of a mapping, is loaded; as such it sees the images.
             schedule: As in `mmspec.speculation.Settings`; None picks by the rule.
             image_cache: Most bytes of features of images and videos to keep for later calls; 0
                 keeps none. Or a cache, which pipelines may share.
@@ -93,9 +94,11 @@ class SpeculativeVLMPipeline(WritingPipeline):
         name = str(id_or_path)
         path = bundled_path(name) if name.startswith("bundled:") else id_or_path
         processor = AutoProcessor.from_pretrained(path)
+        drafter = bundled_spec(drafter)
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype or "auto", device_map=device_map, **kwargs
         )
+        drafter = with_loaded(drafter, dtype=dtype or "auto", device_map=device_map)
         return cls(model, processor, drafter=drafter, schedule=schedule, image_cache=image_cache)
 
     @classmethod
@@ -173,6 +176,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
         rows = self._rows(plan, prompts)
         seen = VisualPrompts.of(self.model, inputs, prompts)
         num_cached = seen.sound(self.model, num_shared(cache, seen.contents))
+        seen.check(self.model, rows, num_cached, plan.options.prefill_chunk_size)
         engine = build_engine(
             self.model,
             rows,
@@ -241,3 +245,37 @@ class SpeculativeVLMPipeline(WritingPipeline):
         # Times between frames keep their precision.
         pixels = {name: encoded[name].to(self.dtype) for name in PIXELS.values() if name in encoded}
         return {**encoded, **pixels}
+
+
+def bundled_spec(drafter: DrafterSpec) -> DrafterSpec:
+    """A bundled drafter's name as a mapping; anything else as it is. Loads nothing.
+
+    Raises:
+        ValueError: If nothing bundled has the name.
+    """
+    if isinstance(drafter, str) and drafter.startswith("bundled:"):
+        drafter = {"name": "model", "model": drafter, "visual_tokens": "all"}
+    name = _bundled_model(drafter)
+    if name is not None:
+        bundled_path(name)
+    return drafter
+
+
+def with_loaded(drafter: DrafterSpec, **options: Any) -> DrafterSpec:
+    """A drafter whose bundled model, if it names one, is loaded.
+
+    Args:
+        drafter: As `bundled_spec` returns it.
+        **options: Of the model's ``from_pretrained``.
+    """
+    name = _bundled_model(drafter)
+    if name is None:
+        return drafter
+    model = AutoModelForImageTextToText.from_pretrained(bundled_path(name), **options)
+    assert isinstance(drafter, Mapping)
+    return {**drafter, "model": model.eval()}
+
+
+def _bundled_model(drafter: DrafterSpec) -> str | None:
+    name = drafter.get("model") if isinstance(drafter, Mapping) else None
+    return name if isinstance(name, str) and name.startswith("bundled:") else None

@@ -11,7 +11,7 @@ from mmspec.assets import bundled_path
 from mmspec.assets.captioner.scoring import stated_attributes
 from mmspec.assets.pages.rendering import held_out_pages, render_page
 from mmspec.assets.pages.scoring import edit_distance, error_rate
-from mmspec.pipelines import SpeculativeVLMPipeline
+from mmspec.pipelines import SpeculativeDocumentPipeline, SpeculativeVLMPipeline
 
 #: The card has 1.4 % on 200 clean pages; so few pages may be a little worse than that.
 MAX_CLEAN_CER = 0.03
@@ -91,6 +91,32 @@ def test_sample_pages_are_the_recipe_s(pages):
         )
         assert drawn.tobytes() == page["image"].tobytes()
         assert {"kind": page["kind"], "markdown": page["markdown"]} in known
+
+
+def test_a_bundled_drafter_is_loaded_by_its_name(drafted):
+    pipe = load("pages", dtype=torch.float32, drafter="bundled:pages-drafter")
+    page = samples("pages")[0]["image"]
+    out = pipe(chat("Convert to Markdown."), images=page, max_new_tokens=480)
+    assert out.tokens[0].tolist() == drafted.tokens[0].tolist()
+    assert out.stats.tau > 3
+    pipe.to(torch.float64)
+    assert pipe.drafter["model"].dtype == pipe.dtype == torch.float64
+    blind = {"name": "model", "model": "bundled:pages-drafter"}
+    document = SpeculativeDocumentPipeline.from_pretrained("bundled:pages", drafter=blind)
+    assert document.drafter["model"].config.text_config.num_hidden_layers == 3
+    assert "visual_tokens" not in document.drafter
+    with pytest.raises(ValueError, match=r"nothing bundled is called 'nope'; known: .*pages"):
+        load("pages", drafter="bundled:nope")
+
+
+def test_a_tenth_of_the_visual_tokens_drafts_nearly_as_well_as_all(drafted, pages):
+    """Self-drafting with all of them is accepted wholly: 5 drafts of 5, but for the page's end."""
+    drafter = {"name": "model", "visual_tokens": "self:0.1"}
+    prompt, image = chat("Convert to Markdown."), pages[0]["image"]
+    pipe = load("pages", dtype=torch.float32, drafter=drafter, schedule="fixed")
+    out = pipe(prompt, images=image, max_new_tokens=480, width=6)
+    assert out.tokens[0].tolist() == drafted.tokens[0].tolist()
+    assert out.stats.num_units / out.stats.num_target_forwards > 0.95 * 5.8
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from mmspec.cli import app
 from mmspec.documents import Reader
 from mmspec.jobs.captions import image_request
-from mmspec.jobs.documents import markdown
+from mmspec.jobs.documents import ParseJob, markdown
+from mmspec.jobs.journal import Journal
 from mmspec.pipelines import SpeculativeDocumentPipeline, SpeculativeVLMPipeline
 
 
@@ -231,6 +232,41 @@ def test_a_killed_parse_is_continued(vlm, documents, tmp_path, batch_size):
     assert (killed / "a.pdf.md").read_bytes() == (whole / "a.pdf.md").read_bytes()
     line = run(*again, "--dpi", 72, code=2).stderr
     assert "line 1 was made with other settings: dpi 36 (asked for: 72)" in line
+
+
+def test_a_continued_parse_drafts_from_the_pages_before(vlm, documents, tmp_path, monkeypatch):
+    recalled = []
+    own = SpeculativeDocumentPipeline.remember
+
+    def remember(pipe, texts):
+        recalled.append((pipe.store.num_tokens, list(texts)))
+        own(pipe, texts)
+        assert pipe.store.num_tokens > 0
+
+    monkeypatch.setattr(SpeculativeDocumentPipeline, "remember", remember)
+    out = tmp_path / "pages.jsonl"
+    command = ["parse", documents, "--model", vlm, *PARSE, "--out", out]
+    run(*command)
+    assert not recalled  # the first run has no pages before it
+    whole = without_figures(out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:2]) + lines[2][:60])
+    run(*command)
+    assert recalled == [(0, [record["text"] for record in whole[:2]])]
+    assert without_figures(out) == whole
+    run(*command)
+    assert len(recalled) == 1  # nothing was missing, and no model was loaded
+
+
+def test_only_the_latest_pages_are_recalled(tmp_path, monkeypatch):
+    job = ParseJob(load=list, model="m", dtype="float32", reader=Reader(), options={})
+    monkeypatch.setattr("mmspec.jobs.documents.MAX_RECALLED", 7)
+    with Journal(tmp_path / "pages.jsonl", {}) as journal:
+        assert job.after(journal) is job
+        texts = ["aaaa", "bbb", None, "cccc"]
+        records = [{"file": "f", "page": n, "text": text} for n, text in enumerate(texts)]
+        journal.add(records)
+        assert job.after(journal).load.texts == ("bbb", "cccc")
 
 
 def test_bad_pages_have_their_reason_in_the_markdown(vlm, documents, tmp_path):

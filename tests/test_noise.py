@@ -142,6 +142,23 @@ def test_a_window_makes_each_position_once(monkeypatch):
     assert 0 <= sum(made) - (16 + 99) <= window._ahead
 
 
+def test_no_noise_is_made_behind_the_end_of_the_rows(monkeypatch):
+    made = []
+
+    def counted(keys, positions, vocab_size, *args):
+        made.append(positions)
+        return gumbel(keys, positions, vocab_size, *args)
+
+    monkeypatch.setattr(mmspec.noise, "gumbel", counted)
+    window, end = NoiseWindow(KEYS, 300), 50
+    for length in range(1, end):
+        lengths_B = torch.full((len(KEYS),), length)
+        noise = window.take(lengths_B, [length] * len(KEYS), 16, room=end - length)
+        at = lengths_B[:, None] + torch.arange(min(16, end - length))
+        assert torch.equal(noise[:, : at.shape[1]], gumbel(KEYS, at, 300))
+    assert torch.equal(torch.cat(made, dim=1), torch.arange(1, end).expand(len(KEYS), -1))
+
+
 def test_gaussian_noise_is_standard_normal_and_belongs_to_its_position():
     keys = row_keys(torch.Generator().manual_seed(0), 2)
     positions = torch.arange(300).expand(2, -1)

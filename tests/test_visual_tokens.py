@@ -2,12 +2,20 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_rows, tiny_model
 
 import mmspec
-from mmspec.visual_tokens import VisualTokens, cells, evenly, index_table, most_attended, without
+from mmspec.visual_tokens import (
+    VisualTokens,
+    around_peak,
+    cells,
+    evenly,
+    index_table,
+    most_attended,
+    without,
+)
 
 GOOD = {
     "all": ("all", 1.0, 1, False),
@@ -136,3 +144,31 @@ def test_a_shortened_row_goes_on_where_the_whole_one_does():
         [0, 3, 4, 5, 6, 7, 8, 8, 8],
         [0, 1, 2, 3, 4, 5, 6, 7, 8],
     ]
+
+
+def test_half_is_attended_and_half_follows_the_peak():
+    scores = torch.tensor(
+        [[0.0, 0.0, 5.0, 1.0, 0.0, 3.0], [0.0, 2.0, 1.0, 9.0, 9.0, 9.0], [9.0] * 6]
+    )
+    counts, kept = torch.tensor([6, 3, 0]), torch.tensor([4, 2, 0])
+    chosen = around_peak(scores, counts, kept, 4)
+    assert chosen.shape == (3, 4)
+    assert chosen[0].tolist() == [2, 5, 3, 4]
+    # Padding is never chosen, whatever stands there; behind the last comes the first.
+    assert chosen[1, :2].tolist() == [1, 2]
+    late = around_peak(torch.tensor([[0.0, 1.0, 4.0]]), counts[1:2], torch.tensor([3]), 3)
+    assert sorted(late[0].tolist()) == [0, 1, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+def test_a_row_is_chosen_for_as_if_it_were_alone(count, other, seed):
+    scores = torch.rand(2, 12, generator=torch.Generator().manual_seed(seed))
+    counts = torch.tensor([count, other])
+    kept = (counts + 1) // 2
+    both = around_peak(scores, counts, kept, int(kept.max()))
+    for row, (num, most) in enumerate(zip(counts.tolist(), kept.tolist(), strict=True)):
+        alone = around_peak(scores[row : row + 1, :num], counts[[row]], kept[[row]], most)
+        assert both[row, :most].tolist() == alone[0].tolist()
+        assert len(set(alone[0].tolist())) == most
+        assert max(alone[0].tolist()) < num

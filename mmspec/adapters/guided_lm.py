@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmspec.adapters.guidance import Guidance
-from mmspec.forward import SlotForward, as_law_dtype
+from mmspec.forward import SlotForward
 from mmspec.records import Outcome, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 
@@ -88,7 +88,7 @@ class GuidedTarget:
         self.forward.cache.select_rows(kept)
 
     def _guided(self, logits: Tensor) -> Tensor:
-        return self._guidance.mixed(as_law_dtype(logits).to(self.rows.lengths_B.device))
+        return self._guidance.mixed(logits.to(self.rows.lengths_B.device))
 
 
 def split_guidance(processors: Iterable[Any]) -> tuple[list[Any], Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmspec.adapters.guidance import Guidance
-from mmspec.forward import SlotForward, as_law_dtype
+from mmspec.forward import SlotForward
 from mmspec.law_config import AllowedTokens
 from mmspec.records import Outcome, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
@@ -351,7 +351,7 @@ class TokenImageTarget:
 
     def _guided(self, logits: Tensor) -> Tensor:
         """One law per image, ``[B, N, V]``, from the logits of both halves."""
-        return self._guidance.mixed(as_law_dtype(logits).to(self.rows.lengths_B.device))
+        return self._guidance.mixed(logits.to(self.rows.lengths_B.device))
 
     def _embed(self, proposal: Proposal) -> Tensor:
         """Roots of fresh rows are text, everything else is image; drafts are always tokens."""

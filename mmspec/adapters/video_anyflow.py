@@ -50,10 +50,6 @@ class FarModel:
         self, context: Context, sample: Tensor, *, num_steps: int, first: int, last: int
     ) -> Tensor:
         """As `BlockModel.denoise`; the context is read when it is another than last time."""
-        if self._cache is None:
-            self._cache = self._empty_cache()
-        if context.blocks and self._cached is not context:
-            self._read(context)
         self._scheduler.set_timesteps(num_steps, device=self._transformer.device)
         state_BFCHW = self._frames_first(sample)
         for step in range(first, last):
@@ -62,10 +58,23 @@ class FarModel:
 
     def _step(self, context: Context, state_BFCHW: Tensor, step: int) -> Tensor:
         """One Euler step with the mean velocity between two times."""
-        scheduler, num_frames = self._scheduler, state_BFCHW.shape[1]
+        scheduler = self._scheduler
         time = scheduler.timesteps[step]
         end = scheduler.sigmas[step + 1] * scheduler.config.num_train_timesteps
-        index = len(context.blocks)
+        velocity = self.velocity(context, state_BFCHW, time, end)
+        return scheduler.step(velocity, time, state_BFCHW, return_dict=False)[0]
+
+    def velocity(self, context: Context, state_BFCHW: Tensor, time: Tensor, end: Tensor) -> Tensor:
+        """The mean velocity between two times, guided, ``[1, F, C, H, W]``.
+
+        Args:
+            context: What the block is made from.
+            state_BFCHW: At ``time``, ``[1, F, C, H, W]``.
+            time: In the units of the scheduler's timesteps, a scalar.
+            end: At most ``time``; equal to it asks for the velocity at that time.
+        """
+        self._prepare(context)
+        index, num_frames = len(context.blocks), state_BFCHW.shape[1]
         velocity, _ = self._transformer(
             hidden_states=self._copied(state_BFCHW),
             timestep=time.expand(self._num_copies, num_frames),
@@ -79,7 +88,14 @@ class FarModel:
         if self._num_copies == 2:
             negative, velocity = velocity.chunk(2)
             velocity = negative + self._guidance_scale * (velocity - negative)
-        return scheduler.step(velocity, time, state_BFCHW, return_dict=False)[0]
+        return velocity
+
+    def _prepare(self, context: Context) -> None:
+        """Makes room, and reads the context if the cache is of another one."""
+        if self._cache is None:
+            self._cache = self._empty_cache()
+        if context.blocks and self._cached is not context:
+            self._read(context)
 
     def _read(self, context: Context) -> None:
         """Writes the keys and values of every committed block."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmspec.adapters.causal_lm import check_fits, prompt_parts
 from mmspec.adapters.image_features import PIXELS, FeatureCache, VisualItem, encode, split
 from mmspec.adapters.vision_language import (
     FAMILIES,
@@ -98,6 +99,29 @@ class VisualPrompts:
             for count, own in zip(num_shared, self.places, strict=True)
         ]
 
+    def check(
+        self, model: Any, rows: TokenRows, num_cached: Sequence[int], chunk_size: int | None
+    ) -> None:
+        """Refuses prompts that are too long or cannot be cut, before any tower runs.
+
+        Args:
+            model: The model.
+            rows: The rows of the prompts.
+            num_cached: Tokens of each row that need not be read.
+            chunk_size: As in `mmspec.adapters.causal_lm.prompt_parts`.
+
+        Raises:
+            ValueError: As in `mmspec.adapters.causal_lm.CausalTarget`.
+        """
+        check_fits(model, rows)
+        if chunk_size is not None:
+            given, blind = self._given(model)
+            is_token_BP = given["attention_mask"].bool()
+            prepared = prepare(model, blind)
+            extras = extras_of(model, rows, {}, prepared, is_token_BP, given, num_cached=num_cached)
+            for _ in prompt_parts(rows, num_cached, chunk_size, extras.wholes):
+                pass
+
     def extras(
         self, model: Any, rows: TokenRows, cache: FeatureCache, num_cached: Sequence[int]
     ) -> PromptExtras:
@@ -112,12 +136,7 @@ class VisualPrompts:
         Raises:
             ValueError: As in `mmspec.adapters.vision_language.extras_in_generate`.
         """
-        device = text_device(model)
-        given = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in self.inputs.items()
-        }
-        blind = {name: value for name, value in given.items() if name not in PIXELS.values()}
+        given, blind = self._given(model)
         new = [
             place.item
             for own, count in zip(self.places, num_cached, strict=True)
@@ -133,3 +152,12 @@ class VisualPrompts:
             given,
             num_cached=num_cached,
         )
+
+    def _given(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The inputs on the model's device, and the same without pixels."""
+        device = text_device(model)
+        given = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        return given, {k: value for k, value in given.items() if k not in PIXELS.values()}

@@ -133,8 +133,9 @@ class JacobiDrafter:
             self._laws_BRV = laws.new_zeros(num_rows, self._ring, self._vocab_size)
             self._guesses_BR = verdict.choices_BN.new_zeros(num_rows, self._ring)
         slot = (scores.positions_BN + 1) % self._ring
-        # Whole laws by index: a scatter would go number by number.
-        self._laws_BRV[self._row_B1, slot] = laws
+        pairs = zip(self._rows.host_tokens, outcome.new_units, strict=True)
+        roots = [len(tokens) - len(new) - 1 for tokens, new in pairs]
+        self._store(laws, slot, roots)
         self._guesses_BR[self._row_B1, slot] = verdict.choices_BN  # type: ignore[index]
         if verdict.settled_BN is not None:
             if self._settled_BR is None:
@@ -142,10 +143,23 @@ class JacobiDrafter:
             self._settled_BR[self._row_B1, slot] = verdict.settled_BN
         # Guesses behind a narrow step stay: they are older, but better than a neighbour's.
         self._known_B = torch.maximum(self._known_B, scores.positions_BN.amax(1) + 2)
-        for row, tokens in enumerate(self._rows.host_tokens):
-            root = len(tokens) - len(outcome.new_units[row]) - 1
+        for row, root in enumerate(roots):
             last = min(root + laws.shape[1] - 1, self._rows.host_limits[row] - 1)
             self._host_known[row] = max(self._host_known[row], last + 2)
+
+    def _store(self, laws: Tensor, slot_BN: Tensor, roots: list[int]) -> None:
+        """Puts the laws into the ring; nodes past a row's limit may fall anywhere behind it."""
+        ring, num_nodes = self._laws_BRV, laws.shape[1]
+        if len(set(roots)) > 1:
+            # Whole laws by index: a scatter would go number by number.
+            ring[self._row_B1, slot_BN] = laws  # type: ignore[index]
+            return
+        # Rows of one length are stored in one piece, or in two at the end of the ring.
+        first = (roots[0] + 1) % self._ring
+        num_before = min(num_nodes, self._ring - first)
+        ring[:, first : first + num_before] = laws[:, :num_before]  # type: ignore[index]
+        if num_before < num_nodes:
+            ring[:, : num_nodes - num_before] = laws[:, num_before:]  # type: ignore[index]
 
     def _num_known(self, num_ahead: int) -> int:
         """How many of the next positions have a guess in every row that goes on."""

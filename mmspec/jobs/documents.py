@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,29 @@ from mmspec.jobs.journal import Journal
 from mmspec.jobs.pages import Answer, PageTask, check_drafter
 from mmspec.ocr import open_engine
 from mmspec.whole_file import whole_file
+
+#: Characters of earlier pages that a run which goes on drafts from: as many tokens as the store of
+#: pages holds, or fewer.
+MAX_RECALLED = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Recalling:
+    """Loads a pipeline that knows the texts of pages that were done before.
+
+    Attributes:
+        load: Loads the pipeline.
+        texts: The texts, the oldest first.
+    """
+
+    load: Callable[[], Any]
+    texts: tuple[str, ...]
+
+    def __call__(self) -> Any:
+        """The pipeline."""
+        pipe = self.load()
+        pipe.remember(self.texts)
+        return pipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +68,19 @@ class ParseJob:
         """What every record is made with. The password is not among it."""
         own = {"model": self.model, "dtype": self.dtype, "dpi": self.reader.dpi, "ocr": self.ocr}
         return own | {"prompt": self.prompt, "regions": self.regions} | dict(self.options)
+
+    def after(self, journal: Journal) -> "ParseJob":
+        """The job of a run that goes on: drafts from the pages before, the latest of them."""
+        texts: list[str] = []
+        room = MAX_RECALLED
+        for key in reversed(journal.entries):
+            text = (journal.get(key) or {}).get("text")
+            if text is not None and len(text) > room:
+                break
+            if text:
+                texts.append(text)
+                room -= len(text)
+        return replace(self, load=Recalling(self.load, tuple(reversed(texts)))) if texts else self
 
     def check(self) -> None:
         """Refuses options that no page could be parsed with, before a model is loaded.

@@ -18,7 +18,7 @@ from mmspec.law_config import LawConfig
 from mmspec.pipelines import SpeculativeVLMPipeline
 from mmspec.sampling import build_law
 from mmspec.speculation import Settings, build_engine
-from mmspec.visual_tokens import evenly
+from mmspec.visual_tokens import around_peak, evenly
 
 #: One family of each kind: counted positions, tiles with row breaks, images by row, images that
 #: see themselves, a prefix that does, three axes, three axes with features before several layers.
@@ -200,7 +200,7 @@ def test_scores_are_the_targets_own_attention(name):
     model.set_attn_implementation("eager")
     attentions = model(**inputs, output_attentions=True).attentions
     expected = torch.stack([a[0, :, starts[0] :].mean((0, 1)) for a in attentions]).mean(0)
-    torch.testing.assert_close(scores, expected.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
 
 
 def engine_of(model, name, rows, drafter):
@@ -234,8 +234,44 @@ def test_asking_the_target_leaves_its_cache_and_its_attention_as_they_were(name,
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert cursor == (cache.cursor.order, cache.cursor.extent, cache.cursor.past)
     assert engine.drafter.num_target_forwards == 1
+    engine.run()
     kinds = {m.config._attn_implementation for m in model.modules() if hasattr(m, "layer_idx")}
     assert kinds == {"sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "rows"),
+    [("llava", "sdpa", ROWS), ("llava", "eager", ROWS[1:2]), ("qwen3_vl", "sdpa", ROWS[1:2])],
+)
+@torch.no_grad()
+def test_the_target_drafts_around_where_it_looked_last(name, attention, rows):
+    """Room by room the keys of the chosen places, found anew by whole forwards of the first row."""
+    model = tiny_vlm(name)
+    model.set_attn_implementation(attention)
+    engine = engine_of(model, name, rows, {"name": "model", "visual_tokens": "self:0.4"})
+    judge = copy.deepcopy(model)
+    judge.set_attn_implementation("eager")
+    caches = engine.drafter.forward, engine.target.forward
+    choices = set()
+    for record, _ in engine.stream():
+        if record.width == 1 or engine.target.is_done:
+            continue
+        whole = request(name, [[*rows[0], *engine.target.rows.new_tokens(0)[:-1]]])
+        (places,) = (whole["input_ids"][0] == IMAGE).nonzero(as_tuple=True)
+        attentions = judge(**whole, output_attentions=True).attentions
+        looked = torch.stack([a[0, :, -1].mean(0) for a in attentions]).mean(0)[places]
+        keep = max(1, int(0.4 * len(places)))
+        count, kept = torch.tensor([len(places)]), torch.tensor([keep])
+        chosen = around_peak(looked[None], count, kept, keep)[0]
+        choices.add(tuple(chosen.tolist()))
+        own, theirs = (forward.cache for forward in caches)
+        own.restore()
+        theirs.restore()
+        room = engine.drafter._room_BK[0, :keep]
+        for mine, wanted in zip(own.layers, theirs.layers, strict=True):
+            for held, all_of_them in zip(mine.buffers, wanted.buffers, strict=True):
+                assert torch.equal(held[0, room], all_of_them[0, places[chosen]])
+    assert len(choices) > 1
 
 
 def test_a_drafter_has_room_for_what_it_reads_and_no_more():

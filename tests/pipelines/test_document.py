@@ -231,6 +231,17 @@ def test_bad_arguments_are_refused_before_any_forward(pipe, monkeypatch, pages, 
         read(pipe, pages, **options)
 
 
+def test_pages_of_an_earlier_process_are_drafted_from(pipe, plain):
+    text = plain.pages[0].text
+    fresh = make_pipe()
+    without = read(fresh, PAGES[:1], store=True)
+    fresh.clear_store()
+    fresh.remember([text, ""])
+    again = read(fresh, PAGES[:1], store=True)
+    assert tokens_of(again) == tokens_of(without) == tokens_of(plain)[:1]
+    assert again.stats.num_target_forwards < without.stats.num_target_forwards
+
+
 def test_save_and_load(pipe, plain, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = SpeculativeDocumentPipeline.from_pretrained(tmp_path, schedule="fixed")

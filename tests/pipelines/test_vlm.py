@@ -177,6 +177,7 @@ REFUSED = [
     ("a", {"decoder": "nonsense"}, "unknown decoder 'nonsense'"),
     (["a", "b"], {"generator": seeds(1)}, "generator"),
     (["a", "b"], {"streamer": TextStreamer(None)}, "a streamer shows one row, got 2 prompts"),
+    (CHATS[0], {"max_new_tokens": 600}, "row 0 has .* prompt tokens .* has a context of 512"),
 ]
 
 
@@ -186,6 +187,22 @@ def test_bad_arguments_are_refused_before_any_forward(
 ):
     with pytest.raises(ValueError, match=message):
         llava_pipe(prompt, **options)
+
+
+def test_what_cannot_be_cut_is_refused_before_the_tower_runs(monkeypatch):
+    """Images of Gemma 3 see themselves whole."""
+    pipe = make_pipe("gemma3")
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the tower ran")
+
+    monkeypatch.setattr(pipe.model.model, "get_image_features", fail)
+    with pytest.raises(ValueError, match="prefill_chunk_size=2 would cut tokens"):
+        pipe(CHATS[0], prefill_chunk_size=2)
+    monkeypatch.undo()
+    expected = pipe(CHATS[0], max_new_tokens=8).tokens[0].tolist()
+    whole = pipe(CHATS[0], max_new_tokens=8, prefill_chunk_size=64).tokens[0].tolist()
+    assert whole == expected
 
 
 def test_unknown_options_and_models_are_refused(llava_pipe):

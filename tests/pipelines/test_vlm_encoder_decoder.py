@@ -7,7 +7,7 @@ from encoder_decoders import NUM_PLACEHOLDERS, SIDE, SUPPORTED, tiny_encoder_dec
 from PIL import Image
 from vlm_processors import tokenizer
 
-from mmspec.pipelines import SpeculativeVLMPipeline
+from mmspec.pipelines import SpeculativeDocumentPipeline, SpeculativeVLMPipeline
 
 
 def picture(seed, width, height):
@@ -163,3 +163,19 @@ def test_save_and_load(name, tmp_path):
     assert again.dtype == torch.float64
     options = {"max_new_tokens": 8, "images": PICTURES}
     assert tokens_of(again(PROMPTS[name], **options)) == tokens_of(pipe(PROMPTS[name], **options))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_pages_are_asked_for_in_the_words_of_the_family(donut_pipe):
+    reader = make_pipe("florence2")
+    pages = SpeculativeDocumentPipeline(reader)
+    pages.set_progress_bar_config(disable=True)
+    expected = reader("<OCR>", images=PICTURES[0], max_new_tokens=12, decoder="sequential")
+    read = pages(PICTURES[0], ocr=None, references="some text", max_new_tokens=12).pages[0]
+    assert read.tokens.tolist() == expected.tokens[0].tolist()
+    pages = SpeculativeDocumentPipeline(donut_pipe)
+    with pytest.raises(ValueError, match="prompt must be given: what begins a page depends on the"):
+        pages(PICTURES[0], ocr=None, max_new_tokens=12)
+    expected = donut_pipe("<user>", images=PICTURES[0], max_new_tokens=12, decoder="sequential")
+    read = pages(PICTURES[0], ocr=None, prompt="<user>", max_new_tokens=12).pages[0]
+    assert read.tokens.tolist() == expected.tokens[0].tolist()
