@@ -56,6 +56,58 @@ def clamped(width: int, remaining: int) -> int:
     return min(width, bucket(min(max(remaining, 0) + 1, BUCKETS[-1])))
 
 
+class StepCosts:
+    """What steps of each width took lately."""
+
+    #: Steps of one width whose median is its cost.
+    MEMORY = 9
+    #: How the cost is thought to grow with the width before two widths are known: rows of a batch
+    #: fill a forward, and the more so the wider it is.
+    GROWTH_OF_ROW = 0.2
+    GROWTH_OF_BATCH = 0.35
+    #: Steps of each width that a later generation takes over.
+    CARRIED = 3
+
+    def __init__(self, known: Mapping[int, Sequence[float]] | None = None) -> None:
+        """Starts from the seconds of an earlier generation of the same kind, if any."""
+        #: Seconds of the latest steps of each width.
+        self.seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=self.MEMORY))
+        for width, seconds in list((known or {}).items()):
+            self.seconds[width].extend(list(seconds)[-self.CARRIED :])
+
+    def add(self, width: int, seconds: float) -> None:
+        """One more step of a width."""
+        self.seconds[width].append(seconds)
+
+    def of(self, width: int, *, is_batch: bool) -> float | None:
+        """Median seconds of a step of this width; a guess from other widths if new.
+
+        The first step of a width may hold a compilation, so it may lower the guess but not raise
+        it, and of two the faster counts.
+        """
+        samples = self.seconds[width]
+        if len(samples) > 2:
+            return statistics.median(samples)
+        guess = self._guessed(width, is_batch) if len(samples) < 2 else None
+        return min([*samples, *([guess] if guess is not None else [])], default=None)
+
+    def _guessed(self, width: int, is_batch: bool) -> float | None:
+        known = [w for w in sorted(self.seconds) if 0 < w < width and self.seconds[w]]
+        if not known:
+            return None
+        nearest = self.of(known[-1], is_batch=is_batch)
+        narrower = self.of(known[-2], is_batch=is_batch) if len(known) > 1 else None
+        if nearest is None:
+            return None
+        power = floor = self.GROWTH_OF_BATCH if is_batch else self.GROWTH_OF_ROW
+        if narrower is not None:
+            growth = math.log(nearest / narrower) / math.log(known[-1] / known[-2])
+            power = min(max(growth, floor), 1.0)
+        # Nothing costs more than a wider step does.
+        wider = [min(found) for w, found in self.seconds.items() if w > width and len(found) > 1]
+        return min([nearest * (width / known[-1]) ** power, *wider])
+
+
 class AdaptiveSchedule:
     """Drafts as much as pays: expected units per second from measured acceptance and cost.
 
@@ -63,9 +115,6 @@ class AdaptiveSchedule:
     ``1 + a_1 + a_1 a_2 + ...`` units from a step that costs what steps of that width took lately;
     the width with the best ratio wins. Where the drafter is silent the step is plain, so the ratio
     is taken over both.
-
-    A free drafter (retrieval) chooses its width itself, step by step, for it knows how good its
-    drafts are; it is told what they must bring (`Plan.prices`), and is plain where they do not.
 
     If plain decoding wins, drafts are a probe, and probes are paid from a budget: what they lose
     against plain decoding may grow to a fixed share of the time, so a useless drafter costs that
@@ -75,8 +124,6 @@ class AdaptiveSchedule:
     it costs no forward. Steps are counted from the one after it.
     """
 
-    #: Steps of one width whose median is its cost.
-    MEMORY = 9
     #: Weight of old evidence, per drafted step.
     DECAY = 0.97
     #: How many trials the guess for a depth counts, which is the rate of the depth before it.
@@ -92,16 +139,6 @@ class AdaptiveSchedule:
     #: that these may be.
     GRACE = 4
     GRACE_SHARE = 0.03
-    #: How the cost is thought to grow with the width before two widths are known: rows of a batch
-    #: fill a forward, and the more so the wider it is.
-    GROWTH_OF_ROW = 0.2
-    GROWTH_OF_BATCH = 0.35
-    #: Share of its price that a single row's free draft must bring while drafting is in profit:
-    #: near break-even the seconds hardly change, while more units per forward come out. In loss,
-    #: and in a batch, it is all of it.
-    LENIENCE = 0.45
-    #: Steps of each width that a later generation takes over.
-    CARRIED = 3
     #: Steps before the schedule may say that speculation does not pay.
     PATIENCE = 48
 
@@ -109,31 +146,19 @@ class AdaptiveSchedule:
         self,
         max_width: int,
         remaining: Callable[[], int],
-        *,
-        is_free: bool = False,
-        costs: Mapping[int, Sequence[float]] | None = None,
     ) -> None:
         """Starts optimistic.
 
         Args:
             max_width: Largest width, a bucket.
             remaining: Largest number of units that an active row may still get.
-            is_free: The drafter costs next to nothing and heeds `Plan.prices` (retrieval), so it is
-                always asked for the most, and plain steps are forced only if they do not happen.
-            costs: Seconds of the steps of each width in an earlier generation of the same kind.
 
         Raises:
             ValueError: If ``max_width`` is out of range.
         """
-        if not 1 <= max_width <= BUCKETS[-1]:
-            raise ValueError(f"width must be between 1 and {BUCKETS[-1]}, got {max_width}")
-        self._widths = [b for b in BUCKETS if 1 < b < max_width] + [max_width] * (max_width > 1)
+        self._widths = widths_up_to(max_width)
         self._remaining = remaining
-        self._is_free = is_free
-        #: Seconds of the latest steps of each width.
-        self.costs: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=self.MEMORY))
-        for width, seconds in list((costs or {}).items()):
-            self.costs[width].extend(list(seconds)[-self.CARRIED :])
+        self._costs = StepCosts()
         self._levels: dict[int, float] = {}
         self._tried = [0.0] * BUCKETS[-1]
         self._accepted = [0.0] * BUCKETS[-1]
@@ -143,10 +168,8 @@ class AdaptiveSchedule:
         self._grace = float(self.GRACE)
         self._steps = 0
         self._asked = 1
-        self._last_plain = 0
         self._elapsed_s = 0.0
-        self._units = 0.0  # of the rows that are behind, which the batch waits for
-        self._row_units: list[int] = []
+        self._progress = Progress()
         self._lost_s = 0.0
         self._gain = 1.0  # of the best width over plain decoding
         self._warned = False
@@ -160,20 +183,17 @@ class AdaptiveSchedule:
         self._asked = 1
         if self._widths and not self._is_plain_due():
             self._asked = clamped(self._chosen_width(), self._remaining())
-        return Plan(width=self._asked, prices=self._prices())
+        return Plan(width=self._asked)
 
     def observe(self, record: StepRecord) -> None:
         """Learns the cost and the acceptance of a finished step."""
         if not self._has_begun:
             self._has_begun = True
             return
-        self.costs[record.width].append(record.wall_time_s)
+        self._costs.add(record.width, record.wall_time_s)
         # A compilation is no measure of the speed: what is usual for the width counts.
         self._elapsed_s += min(record.wall_time_s, self._cost(record.width) or math.inf)
-        units, behind = self._advance(record)
-        self._units += units
-        if record.width == 1:
-            self._last_plain = self._steps
+        units, behind = self._progress.advance(record)
         if self._asked == 1:
             return
         num_drafting = sum(record.num_levels[row] > 0 for row in behind)
@@ -187,60 +207,24 @@ class AdaptiveSchedule:
             return
         plain, cost = self._cost(1), self._cost(record.width)
         if plain is not None and cost is not None:
-            lost_s = self._lost_s + cost - units * plain
-            # A free drafter's loss is one of its guesses; it may spend what the others gained.
-            self._lost_s = lost_s if self._is_free else max(lost_s, 0.0)
-
-    def _advance(self, record: StepRecord) -> tuple[int, list[int]]:
-        """Units by which the batch has come closer to its end, and the rows it waits for."""
-        if not self._row_units:
-            self._row_units = [0] * len(record.num_emitted)
-        behind = rows_behind(self._row_units, record.was_active)
-        active = [row for row, on in enumerate(record.was_active) if on]
-        before = min((self._row_units[row] for row in active), default=0)
-        self._row_units = [
-            units + new for units, new in zip(self._row_units, record.num_emitted, strict=True)
-        ]
-        return min((self._row_units[row] for row in active), default=0) - before, behind
+            self._lost_s = max(self._lost_s + cost - units * plain, 0.0)
 
     def _is_plain_due(self) -> bool:
-        if self._is_free:
-            # Without it no draft has a price, and in a batch a wide step may cost five plain ones.
-            if not self.costs[1]:
-                return True
-            wait = self.PLAIN_EVERY if len(self.costs[1]) > 1 else self.GRACE
-            is_slow = self._units < self.CLEAR_GAIN * self._steps
-            return is_slow and self._steps - self._last_plain > wait
         is_refresh = self._steps % self.PLAIN_EVERY == 2 and self._gain < self.CLEAR_GAIN
         return self._steps in (2, 3) or is_refresh
 
     def _chosen_width(self) -> int:
         plain = self._cost(1)
         if plain is None:
-            return self._widths[-1 if self._is_free else min(2, len(self._widths) - 1)]
+            return self._widths[min(2, len(self._widths) - 1)]
         is_paid = self._lost_s <= self._grace * plain + self.PROBE_SHARE * self._elapsed_s
-        if self._is_free and is_paid:
-            return self._widths[-1]
         rates = {width: self._rate(width, plain) for width in self._widths}
         best = max(rates, key=lambda width: rates[width])
         self._gain = rates[best] * plain
-        if self._gain > 1.0 and not self._is_free:
+        if self._gain > 1.0:
             return best
-        if self._gain <= 1.0:
-            self._warn_once(best, plain)
+        self._warn_once(best, plain)
         return best if is_paid else 1
-
-    def _prices(self) -> dict[int, float]:
-        """Units that wider steps must bring: what their time brings on average, or a share."""
-        plain = self._cost(1)
-        if not self._is_free or plain is None:
-            return {}
-        rate = (self._units + 1.0) / (self._elapsed_s + plain)
-        # In a batch a mistaken wide step costs several plain ones, so nothing is given away there.
-        if self._lost_s <= 0.0 and len(self._row_units) <= 1:
-            rate *= self.LENIENCE
-        costs = {width: self._cost(width) or plain for width in self._widths}
-        return {width: rate * max(cost - plain, 0.0) for width, cost in costs.items()}
 
     def _rate(self, width: int, plain: float) -> float:
         """Units per second and row of a width, silent steps included."""
@@ -284,33 +268,7 @@ class AdaptiveSchedule:
         return min(levels, width - 1)
 
     def _cost(self, width: int) -> float | None:
-        """Median seconds of a step of this width; a guess from other widths if new.
-
-        The first step of a width may hold a compilation, so it may lower the guess but not raise
-        it, and of two the faster counts.
-        """
-        samples = self.costs[width]
-        if len(samples) > 2:
-            return statistics.median(samples)
-        guess = self._guessed_cost(width) if len(samples) < 2 else None
-        return min([*samples, *([guess] if guess is not None else [])], default=None)
-
-    def _guessed_cost(self, width: int) -> float | None:
-        known = [w for w in sorted(self.costs) if w < width and self.costs[w]]
-        if not known:
-            return None
-        nearest = self._cost(known[-1])
-        narrower = self._cost(known[-2]) if len(known) > 1 else None
-        if nearest is None:
-            return None
-        floor = self.GROWTH_OF_ROW if len(self._row_units) <= 1 else self.GROWTH_OF_BATCH
-        power = floor
-        if narrower is not None:
-            growth = math.log(nearest / narrower) / math.log(known[-1] / known[-2])
-            power = min(max(growth, floor), 1.0)
-        # Nothing costs more than a wider step does.
-        wider = [min(self.costs[w]) for w in self._widths if w > width and len(self.costs[w]) > 1]
-        return min([nearest * (width / known[-1]) ** power, *wider])
+        return self._costs.of(width, is_batch=self._progress.num_rows > 1)
 
     def _warn_once(self, width: int, plain: float) -> None:
         if self._warned or self._steps < self.PATIENCE:
@@ -324,6 +282,42 @@ class AdaptiveSchedule:
             1e3 * (self._cost(width) or 0.0),
             1e3 * plain,
         )
+
+
+def widths_up_to(max_width: int) -> list[int]:
+    """The widths of drafts to choose from.
+
+    Raises:
+        ValueError: If ``max_width`` is out of range.
+    """
+    if not 1 <= max_width <= BUCKETS[-1]:
+        raise ValueError(f"width must be between 1 and {BUCKETS[-1]}, got {max_width}")
+    return [b for b in BUCKETS if 1 < b < max_width] + [max_width] * (max_width > 1)
+
+
+class Progress:
+    """How far the rows of a batch have come."""
+
+    def __init__(self) -> None:
+        """Nobody has moved yet."""
+        self._units: list[int] = []
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, 0 before the first step."""
+        return len(self._units)
+
+    def advance(self, record: StepRecord) -> tuple[int, list[int]]:
+        """Units by which the batch has come closer to its end, and the rows it waits for."""
+        if not self._units:
+            self._units = [0] * len(record.num_emitted)
+        behind = rows_behind(self._units, record.was_active)
+        active = [row for row, on in enumerate(record.was_active) if on]
+        before = min((self._units[row] for row in active), default=0)
+        self._units = [
+            units + new for units, new in zip(self._units, record.num_emitted, strict=True)
+        ]
+        return min((self._units[row] for row in active), default=0) - before, behind
 
 
 def rows_behind(units: Sequence[int], is_active: Sequence[bool]) -> list[int]:

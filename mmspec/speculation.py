@@ -34,6 +34,7 @@ from mmspec.engine import Engine
 from mmspec.forward import PromptExtras, check_supported, text_device
 from mmspec.noise import row_keys
 from mmspec.records import Stats
+from mmspec.retrieval_schedule import RetrievalSchedule
 from mmspec.rows import TokenRows
 from mmspec.sampling import Law
 from mmspec.schedule import AdaptiveSchedule, FixedSchedule
@@ -246,7 +247,7 @@ def _schedule(
         return AdaptiveSchedule(width, remaining)
     # What a step of a width costs then depends on the model alone: later calls start from it.
     known, key = _STEP_COSTS.setdefault(model, {}), (num_forward_rows, settings.compile)
-    schedule = AdaptiveSchedule(width, remaining, is_free=True, costs=known.get(key))
+    schedule = RetrievalSchedule(width, remaining, costs=known.get(key))
     known[key] = schedule.costs
     return schedule
 

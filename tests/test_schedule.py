@@ -8,6 +8,7 @@ import pytest
 from simulate import World, generate
 
 from mmspec.records import StepRecord
+from mmspec.retrieval_schedule import IN_VAIN, RetrievalSchedule
 from mmspec.schedule import AdaptiveSchedule, FixedSchedule
 from mmspec.tree import BUCKETS
 
@@ -37,8 +38,8 @@ def endless() -> int:
     return 10**9
 
 
-def adaptive(world: World, max_width: int = 64) -> AdaptiveSchedule:
-    return AdaptiveSchedule(max_width, endless, is_free=world.silent > 0)
+def adaptive(world: World, max_width: int = 64) -> AdaptiveSchedule | RetrievalSchedule:
+    return (RetrievalSchedule if world.silent else AdaptiveSchedule)(max_width, endless)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -200,7 +201,7 @@ def test_a_schedule_of_width_one_is_plain_decoding():
 
 def test_a_drafter_that_is_never_silent_gets_its_plain_steps_too():
     world = World(accept=(0.05,), verify=LINEAR)
-    schedule = AdaptiveSchedule(64, endless, is_free=True)
+    schedule = RetrievalSchedule(64, endless)
     widths = []
     rng = random.Random(0)
     for _ in range(100):
@@ -217,13 +218,13 @@ def test_the_first_step_is_plain_until_it_was_made(make):
     assert schedule.plan().width > 1
 
 
-@pytest.mark.parametrize("is_free", [False, True])
+@pytest.mark.parametrize("make", [AdaptiveSchedule, RetrievalSchedule])
 @pytest.mark.parametrize("first_s", [0.0, 1e-9, 1e6])
-def test_nothing_is_learnt_from_the_first_step(first_s, is_free):
+def test_nothing_is_learnt_from_the_first_step(first_s, make):
     """The prefill answers it, so its seconds are not those of a plain step."""
 
     def widths(free_s):
-        schedule, rng = AdaptiveSchedule(32, endless, is_free=is_free), random.Random(1)
+        schedule, rng = make(32, endless), random.Random(1)
         planned = []
         for index in range(300):
             planned.append(schedule.plan().width)
@@ -236,7 +237,7 @@ def test_nothing_is_learnt_from_the_first_step(first_s, is_free):
 
     assert widths(first_s) == widths(1.0)
     # Behind the free step it begins as ever: one step with drafts, then two plain ones to time.
-    if not is_free:
+    if make is AdaptiveSchedule:
         assert [width > 1 for width in widths(first_s)[:5]] == [False, True, False, False, True]
 
 
@@ -256,7 +257,7 @@ def record(width, seconds, accepted=0):
 
 
 def free_schedule(costs=None):
-    schedule = AdaptiveSchedule(16, endless, is_free=True, costs=costs)
+    schedule = RetrievalSchedule(16, endless, costs=costs)
     schedule.observe(record(1, 0.0))  # the step that the prefill answers
     return schedule
 
@@ -264,19 +265,41 @@ def free_schedule(costs=None):
 def test_a_free_drafter_is_told_what_its_drafts_must_bring():
     costs = {1: [1.0] * 3, 2: [1.0] * 3, 4: [1.5] * 3, 8: [2.0] * 3, 16: [3.0] * 3}
     schedule = free_schedule(costs)
+    share = schedule.LENIENCE
     plan = schedule.plan()
     assert plan.width == 16
-    # Nothing is lost yet, so a share of the price will do; the rate starts as that of plain steps.
-    assert plan.prices == pytest.approx(
-        {2: 0.0, 4: 0.5 * schedule.LENIENCE, 8: schedule.LENIENCE, 16: 2 * schedule.LENIENCE}
-    )
-    schedule.observe(record(8, 2.0))
-    # One plain step is lost; two units came in three seconds, the one that it starts with included.
-    assert schedule.plan().prices[8] == pytest.approx(2 / 3)
+    assert plan.prices == pytest.approx({2: 0.0, 4: 0.5 * share, 8: share, 16: 2 * share})
+    # Looking for drafts took half a plain step, which is spent whatever is verified then.
+    prices = free_schedule(costs | {IN_VAIN: [1.5] * 3}).plan().prices
+    assert prices == pytest.approx({2: 0.0, 4: 0.0, 8: 0.5 * share, 16: 1.5 * share})
+
+
+def test_the_time_of_looking_in_vain_is_not_that_of_a_plain_step():
+    schedule = free_schedule({1: [1.0] * 3})
+    for _ in range(3):
+        assert schedule.plan().width == 16
+        schedule.observe(record(1, 1.8))
+    assert list(schedule.costs[1]) == [1.0] * 3
+    assert list(schedule.costs[IN_VAIN]) == [1.8] * 3
+
+
+def test_drafts_that_do_not_pay_rest_longer_and_longer_until_they_do():
+    schedule, asked = free_schedule({1: [1.0] * 3}), []
+    for _ in range(700):
+        asked.append(schedule.plan().width > 1)
+        schedule.observe(record(1, 1.5 if asked[-1] else 1.0))
+    runs = "".join("?" if one else "." for one in asked).split("?")
+    assert [len(run) for run in runs if len(run) > 1][:4] == [32, 64, 128, 256]
+    assert 0.5 * sum(asked) < 0.05 * len(asked)
+    while schedule.plan().width == 1:
+        schedule.observe(record(1, 1.0))
+    for _ in range(20):
+        schedule.observe(record(16, 1.5, 15))
+        assert schedule.plan().width == 16
 
 
 def test_other_drafters_are_told_no_prices():
-    schedule = AdaptiveSchedule(16, endless, costs={1: [1.0] * 3, 16: [3.0] * 3})
+    schedule = AdaptiveSchedule(16, endless)
     schedule.observe(record(1, 0.0))
     assert schedule.plan().prices == {}
 

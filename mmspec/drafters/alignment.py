@@ -133,6 +133,11 @@ class Alignment:
                     self._advance(_BREAK)
                 self._gap += character
 
+    @property
+    def num_agreed(self) -> int:
+        """Symbols in a row that agreed lately; they are counted up to `SETTLED`."""
+        return self._agreed
+
     def continuations(self, *num_characters: int) -> list[Continuation]:
         """What may follow, the likeliest first, each text another.
 

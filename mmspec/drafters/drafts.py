@@ -76,6 +76,7 @@ def grow_tree(
     budget: int,
     max_depth: int,
     branching: int,
+    least: float = 0.0,
 ) -> Draft:
     """Grows one merged tree, the most confident node first, in O(nodes · branching · log) time.
 
@@ -87,6 +88,7 @@ def grow_tree(
         budget: Most nodes.
         max_depth: Longest path, in tokens; at least 1.
         branching: Most children of one node, the root included.
+        least: Score below which no node is worth looking for.
 
     Returns:
         The tree in the order in which it grew, so that the scores do not rise.
@@ -101,6 +103,8 @@ def grow_tree(
 
     def push(score: float, path: tuple[int, ...], length: int, place: PlaceT) -> None:
         trusted = score * _trust(length)
+        if trusted < least:
+            return
         for token, share, after in followers(place, path):
             item = (-trusted * share, next(ticks), length + 1, (*path, token), after)
             heapq.heappush(heap, item)
@@ -112,6 +116,8 @@ def grow_tree(
         weight *= 1 - _trust(length)
     while heap and len(tokens) < budget:
         negative, _, length, path, place = heapq.heappop(heap)
+        if -negative < least:
+            break
         if path not in slots:
             parent = slots[path[:-1]]
             if num_children[parent] == branching:

@@ -7,11 +7,13 @@ structures are in `mmspec.drafters.trie` (the rows themselves and earlier output
 
 import weakref
 from collections.abc import Collection, Sequence
+from operator import or_
 
 from mmspec.drafters.drafts import Calibration, Draft, merge
+from mmspec.drafters.plain import root_only
 from mmspec.drafters.suffix import MatchState, SuffixAutomaton
 from mmspec.drafters.trie import NgramTrie
-from mmspec.drafters.width import propose_worthwhile
+from mmspec.drafters.width import least_score, propose_worthwhile
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 from mmspec.tree import BUCKETS
@@ -88,17 +90,32 @@ class NgramDrafter:
 
     def propose(self, plan: Plan) -> Proposal:
         """What followed each row's tail, as far as it is worth verifying."""
-        return propose_worthwhile(self.find(plan.width - 1), self._rows, plan, self._vocab_size)
+        if plan.width == 1:
+            self.rest()
+            return root_only(self._rows)
+        found = self.find(plan.width - 1, least_score(plan))
+        return propose_worthwhile(found, self._rows, plan, self._vocab_size)
 
-    def find(self, budget: int) -> list[Draft]:
+    def rest(self) -> None:
+        """Looks for nothing in this step."""
+        self._found = []
+
+    def find(
+        self, budget: int, least: float = 0.0, *, without: Sequence[bool] | None = None
+    ) -> list[Draft]:
         """What followed each row's tail: a draft per row, its scores the chances of its nodes.
 
         Args:
             budget: Most nodes of a row; `commit` learns from what was found last.
+            least: Score below which nodes are not looked for.
+            without: Rows that are left out, besides those that have ended.
         """
+        left_out = (
+            self._rows.host_done if without is None else map(or_, self._rows.host_done, without)
+        )
         self._found = [
-            Draft() if done or not budget else self._draft(row, budget)
-            for row, done in enumerate(self._rows.host_done)
+            Draft() if is_out else self._draft(row, budget, least)
+            for row, is_out in enumerate(left_out)
         ]
         return list(map(self._calibration.calibrated, self._found))
 
@@ -109,13 +126,16 @@ class NgramDrafter:
         for row, new in enumerate(outcome.new_units):
             if not outcome.was_active[row]:
                 continue
-            self._calibration.learn(self._found[row], new)
+            if self._found:
+                self._calibration.learn(self._found[row], new)
             self.memory.extend(self._streams[row], new)
             if self._states:
                 self._states[row].extend(new)
 
-    def _draft(self, row: int, budget: int) -> Draft:
-        draft = self.memory.draft(self._streams[row], budget, branching=self._branching)
+    def _draft(self, row: int, budget: int, least: float) -> Draft:
+        draft = self.memory.draft(
+            self._streams[row], budget, branching=self._branching, least=least
+        )
         if self._corpus is not None:
             found = self._corpus.draft(
                 self._states[row], budget, max_depth=budget, branching=self._branching

@@ -8,6 +8,7 @@ cut afresh in every step, together with the end of the row. It is merged with wh
 Source of the idea: OCR as the drafter of a document model, HSD (arXiv 2602.12957).
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,23 +16,34 @@ from typing import Any
 from mmspec.drafters.alignment import Alignment, Continuation, ReferenceText
 from mmspec.drafters.drafts import Calibration, Draft, merge
 from mmspec.drafters.ngram import NgramDrafter
-from mmspec.drafters.width import propose_worthwhile
+from mmspec.drafters.plain import root_only
+from mmspec.drafters.width import least_score, propose_worthwhile
 from mmspec.ocr import PageText
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 
 # Tokens of the row that are cut together with a draft, so that it is cut as in running text.
 _TAIL = 8
-# Characters that are cut for one token that is wanted; what is too much is dropped.
+# Characters that a token is thought to have before any was read, and how many more than the row's
+# own tokens have are cut, so that seldom too few come out.
 _CHARACTERS_PER_TOKEN = 5
+_SPARE = 1.25
 # Places in the reference that are drafted from, and tokens of the one that is not the likeliest.
 _PLACES = 2
 _TOKENS_OF_OTHERS = 8
-# Steps that a reference is trusted for beforehand, and the weight of older steps.
-_FIRST_TRUST = 2.0
-_MEMORY = 0.9
-# Share of right beginnings below which a reference is hardly worth the host's time.
-_DISTRUST = 0.1
+# Steps that a reference is trusted for beforehand, tokens that each is thought to have brought, and
+# the weight of older steps.
+_FIRST_TRUST = 1.0
+_FIRST_TOKENS = 16.0
+_MEMORY = 0.8
+# Tokens drafted for one that drafts lately brought.
+_STRETCH = 8
+# Most nodes that retrieval adds.
+_RETRIEVED = 31
+# A reference whose drafts lately brought fewer tokens than this is silent, until so many letters in
+# a row agree with it: that is seen without drafting.
+_LEAST_TOKENS = 1.0
+_EVIDENCE = 8
 # Chance of the first token where nothing before it agrees.
 _NO_MATCH = 0.4
 # Signs of a byte sequence that is not complete yet.
@@ -107,12 +119,28 @@ class ReferenceDrafter:
 
     def propose(self, plan: Plan) -> Proposal:
         """What follows in reference and memory, as far as it is worth verifying."""
-        budget = plan.width - 1
         rows = self._rows
-        self._found = [[draft] for draft in self._ngram.find(budget)]
-        for row, follower in enumerate(self._followers):
-            if follower is not None and not rows.host_done[row]:
-                self._found[row].insert(0, follower.find(rows.host_tokens[row][-_TAIL:], budget))
+        if plan.width == 1:
+            self._found = []
+            self._ngram.rest()
+            return root_only(rows)
+        budget, least = plan.width - 1, least_score(plan)
+        told = [
+            Draft()
+            if follower is None or rows.host_done[row]
+            else follower.find(rows.host_tokens[row][-_TAIL:], budget)
+            for row, follower in enumerate(self._followers)
+        ]
+        settled = [_is_settled(draft, budget) for draft in told]
+        self._found = [
+            [draft, *([] if is_settled else [found])]
+            for draft, is_settled, found in zip(
+                told,
+                settled,
+                self._ngram.find(min(budget, _RETRIEVED), least, without=settled),
+                strict=True,
+            )
+        ]
         drafts = [self._merged(found, budget) for found in self._found]
         return propose_worthwhile(drafts, rows, plan, self._vocab_size)
 
@@ -132,13 +160,13 @@ class ReferenceDrafter:
     def _merged(self, found: Sequence[Draft], budget: int) -> Draft:
         if self._num_places == 1:
             return next(filter(len, found), Draft())
-        return found[0] if len(found) == 1 else merge(found, budget)
+        drafts = [draft for draft in found if len(draft)]
+        return drafts[0] if len(drafts) == 1 else merge(drafts, budget)
 
     def _origins(self, row: int, new: Sequence[int], num_accepted: int) -> list[str]:
         """Where each new token came from."""
         drafted = min(num_accepted, len(new))
-        found = self._found[row]
-        told = min(_held(found[0], new), drafted) if len(found) > 1 else 0
+        told = min(_held(self._found[row][0], new), drafted) if self._found else 0
         return (
             ["reference"] * told + ["ngram"] * (drafted - told) + ["target"] * (len(new) - drafted)
         )
@@ -190,34 +218,39 @@ class _Follower:
         self._spelling = spelling
         self._calibration = Calibration()
         self._raw = Draft()
-        # Steps whose draft began right, and all of them; the latest count most.
+        # Steps whose draft began right, and all of them, and their tokens; the latest count most.
         self._right = self._drafted = _FIRST_TRUST
+        self._brought = _FIRST_TOKENS * _FIRST_TRUST
+        self._num_read = 1
+        self._num_characters = _CHARACTERS_PER_TOKEN
         self._read: list[int] = []
         self._unread: list[int] = []
 
     def find(self, tail: list[int], budget: int) -> Draft:
         """What follows the tail, its scores the chances of its nodes."""
         self._raw = Draft()
+        brought = self._brought / self._drafted
+        if brought < _LEAST_TOKENS and self._alignment.num_agreed < _EVIDENCE:
+            return self._raw
         trust = self._right / self._drafted
-        if trust < _DISTRUST:
-            budget = min(budget, _TOKENS_OF_OTHERS)
-        if budget:
-            limits = [budget, min(budget, _TOKENS_OF_OTHERS)][: self._num_places]
-            following = self._alignment.continuations(
-                *(limit * _CHARACTERS_PER_TOKEN for limit in limits)
-            )
-            chains = [
-                self._chain(one, tail, limit, trust * 0.5**rank)
-                for rank, (one, limit) in enumerate(zip(following, limits, strict=False))
-            ]
-            self._raw = merge(chains, budget)
+        most = min(budget, max(math.ceil(_STRETCH * brought), _TOKENS_OF_OTHERS))
+        limits = [most, min(most, _TOKENS_OF_OTHERS)][: self._num_places]
+        per_token = _SPARE * self._num_characters / self._num_read
+        following = self._alignment.continuations(*(math.ceil(n * per_token) for n in limits))
+        chains = [
+            self._chain(one, tail, limit, trust * 0.5**rank)
+            for rank, (one, limit) in enumerate(zip(following, limits, strict=False))
+        ]
+        self._raw = chains[0] if len(chains) == 1 else merge(chains, budget)
         return self._calibration.calibrated(self._raw)
 
     def learn(self, new: Sequence[int]) -> None:
         """Reads what was committed behind the tail."""
         self._calibration.learn(self._raw, new)
         if self._raw.tokens:
-            self._right = self._right * _MEMORY + (_held(self._raw, new) > 0)
+            held = _held(self._raw, new)
+            self._right = self._right * _MEMORY + (held > 0)
+            self._brought = self._brought * _MEMORY + held
             self._drafted = self._drafted * _MEMORY + 1
         for token in new:
             if token in self._spelling.markup:
@@ -234,6 +267,8 @@ class _Follower:
         text = self._spelling.text(self._read + self._unread)
         if self._unread and not text.endswith(_INCOMPLETE):
             self._alignment.extend(text[len(before) :])
+            self._num_read += len(self._unread)
+            self._num_characters += len(text) - len(before)
             # A token alone may be spelled without the space that it brings behind another.
             self._read = self._unread[-2:]
             self._unread = []
@@ -272,6 +307,11 @@ def _cut(given: Reference) -> ReferenceText | None:
     readable = given.text.encode("utf-8", "replace").decode("utf-8")
     text = ReferenceText(readable, [(word.end, word.confidence) for word in given.words])
     return text if text.words else None
+
+
+def _is_settled(draft: Draft, budget: int) -> bool:
+    """No other node can be likelier than this chain's last: what is beside it shares the rest."""
+    return len(draft) == budget and draft.is_chain and draft.scores[-1] >= 0.5
 
 
 def _held(draft: Draft, emitted: Sequence[int]) -> int:

@@ -211,7 +211,13 @@ class NgramTrie:
         return next((length for length, _ in self._matches(self._stream(stream))), 0)
 
     def draft(
-        self, stream: int, budget: int, max_depth: int | None = None, *, branching: int = 1
+        self,
+        stream: int,
+        budget: int,
+        max_depth: int | None = None,
+        *,
+        branching: int = 1,
+        least: float = 0.0,
     ) -> Draft:
         """Drafts what may follow the stream.
 
@@ -227,6 +233,7 @@ class NgramTrie:
             budget: Most nodes.
             max_depth: Longest path, in tokens; ``max_draft`` bounds it in any case.
             branching: Most children of one node; 1 gives the chain.
+            least: Score below which a tree's nodes are not looked for.
 
         Returns:
             The draft; a chain is empty without a match.
@@ -255,7 +262,9 @@ class NgramTrie:
             (length, node if node.children else node.next) for length, node in anchors
         ]
         places.append((0, own.root))
-        return grow_tree(places, followers, budget=budget, max_depth=depth, branching=branching)
+        return grow_tree(
+            places, followers, budget=budget, max_depth=depth, branching=branching, least=least
+        )
 
     def _stream(self, stream: int) -> _Stream:
         found = self._streams.get(stream)

@@ -37,20 +37,41 @@ def propose_worthwhile(
 
 
 def worthwhile_width(survivals: Sequence[Sequence[float]], rows: TokenRows, plan: Plan) -> int:
-    """The width whose drafts bring most beyond what they cost; 1 where none pays."""
+    """The width whose drafts bring most beyond what they cost; 1 where none pays.
+
+    Half of what counts is what they bring all rows that go on, and half is what they bring the rows
+    that are behind: a batch ends with those, but its steps get shorter whenever a row ends.
+    """
     made = [len(rows.new_tokens(row)) for row in range(rows.num_rows)]
+    active = [row for row, done in enumerate(rows.host_done) if not done]
     behind = rows_behind(made, [not done for done in rows.host_done])
-    found = [survivals[row] for row in behind]
-    longest = max(map(len, found), default=0)
+    longest = max((len(survivals[row]) for row in active), default=0)
     best_width, best_gain = 1, 0.0
-    for width in _widths(plan.width):
-        price = plan.prices.get(width, DEFAULT_NODE_PRICE * (width - 1))
-        gain = sum(sum(row[: width - 1]) for row in found) / max(len(behind), 1) - price
-        if longest and gain > best_gain:
+    for width in _widths(plan.width) if longest else ():
+        brought = {row: sum(survivals[row][: width - 1]) for row in active}
+        gain = 0.5 * sum(brought.values()) / len(active)
+        gain += 0.5 * sum(brought[row] for row in behind) / len(behind)
+        gain -= _price(plan, width)
+        if gain > best_gain:
             best_width, best_gain = width, gain
         if width > longest:
             break
     return best_width
+
+
+def least_score(plan: Plan) -> float:
+    """Score of a node that can hardly be worth its price in a step of any width.
+
+    Half of the least that a node more costs between two widths: scores are guesses.
+    """
+    steps = [0.0, *(_price(plan, width) for width in _widths(plan.width))]
+    sizes = [1, *_widths(plan.width)]
+    nodes = zip(steps, steps[1:], sizes, sizes[1:], strict=False)
+    return max(0.5 * min((b - a) / (to - from_) for a, b, from_, to in nodes), 0.0)
+
+
+def _price(plan: Plan, width: int) -> float:
+    return plan.prices.get(width, DEFAULT_NODE_PRICE * (width - 1))
 
 
 def _widths(widest: int) -> list[int]:

@@ -92,9 +92,9 @@ def test_rows_share_the_width_that_pays_for_all():
     assert width(beside, 8, prices) == 1
 
 
-def test_a_row_that_is_ahead_does_not_make_the_batch_wait_for_wide_steps():
-    """A batch ends with its slowest row, so what others would gain is no reason for a wide step."""
-    prices = {2: 0.4, 4: 0.5, 8: 0.6}
+def test_what_a_row_ahead_would_gain_counts_for_half():
+    """A batch ends with its slowest row, but every row that ends makes its steps shorter."""
+    prices = {2: 0.4, 4: 1.0, 8: 2.0}
     drafter, rows = drafter_of(COPY, [20, 21, 22, 23])
     assert width(drafter, 1) == 1
     commit(drafter, rows, [4, 5, 6, 7, 8, 9], [31])
@@ -103,7 +103,7 @@ def test_a_row_that_is_ahead_does_not_make_the_batch_wait_for_wide_steps():
     ahead, other = drafter_of(COPY, [20, 21, 22, 23])
     assert width(ahead, 1) == 1
     commit(ahead, other, [4], [31, 32, 33, 34, 35, 36])
-    assert width(ahead, 8, prices) == 8
+    assert width(ahead, 8, prices) == 4
 
 
 def test_drafts_that_fail_are_soon_not_worth_it():

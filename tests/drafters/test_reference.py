@@ -116,6 +116,27 @@ def test_a_reference_may_come_late():
     assert asked == [0]
 
 
+def test_a_wrong_reference_rests_until_the_output_agrees_with_it_again():
+    """What agrees is seen without drafting."""
+    lie, output = "qzx jvk wqq " * 12, "0123456789 " * 9 + TRUTH
+    rows = rows_of([LETTER.encode("=")])
+    drafter = ReferenceDrafter(rows, len(LETTER), references=[lie + TRUTH], tokenizer=LETTER)
+    drafter.prefill()
+    has_drafted = []
+    for letter in LETTER.encode(output):
+        proposal = drafter.propose(Plan(width=16, prices=FREE))
+        has_drafted.append(len(drafter._found[0][0]) > 0)
+        rows.host_tokens[0].append(letter)
+        outcome = Outcome(
+            new_units=([letter],), num_accepted=(0,), done=(False,), was_active=(True,)
+        )
+        drafter.commit(proposal, None, None, outcome)
+    wrong, right = has_drafted[:99], has_drafted[99:]
+    assert 1 <= sum(wrong) == sum(wrong[:20]) <= 15
+    assert not any(right[:8])
+    assert all(right[20:])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
