@@ -24,7 +24,7 @@ DEFAULTS = {
     "width": SIDE,
     "num_inference_steps": 8,
     "drafter_steps": 2,
-    "guidance_scale": 1.0,
+    "guidance_scale": 2.0,
     "max_sequence_length": TEXT_TOKENS,
     "fps": 12,
 }
