@@ -62,6 +62,13 @@ CHUNK = 8
 
 def run(
     model: Annotated[str, typer.Option(help="A bundled pair, NAME and NAME-drafter.")] = "clips",
+    drafter: Annotated[
+        str, typer.Option(help="pair: NAME-drafter; self: the target in fewer steps.")
+    ] = "pair",
+    steps: Annotated[int | None, typer.Option(help="Of the target; the pair's own.", min=1)] = None,
+    drafter_steps: Annotated[
+        int | None, typer.Option(help="Of the drafter; the pair's own.", min=1)
+    ] = None,
     setups: Annotated[
         str, typer.Option(help="As first-block+temporal@0.5,never/stitch:2; default: a selection.")
     ] = "default",
@@ -102,14 +109,17 @@ def run(
     wanted = csv(scorers, SCORERS)
     named = None if setups == "default" else [Setup.parse(name) for name in csv(setups)]
     model = model.removeprefix("bundled:")
+    pair = load_pair(
+        model, attention, device, drafter, num_inference_steps=steps, drafter_steps=drafter_steps
+    )
     return compare(
-        load_pair(model, attention, device),
+        pair,
         chosen=named,
         scorers=wanted,
         rates=numbers,
         sizes={"prompts": prompts, "calibration": calibration, "timed": timed, "repeats": repeats},
         costs=costs,
-        variant=attention,
+        variant=attention if drafter == "pair" else f"{attention}-{drafter}",
         bundles=[model, f"{model}-drafter"],
         budget=Budget(minutes),
         seed=seed,

@@ -267,7 +267,8 @@ class PooledVideoPipeline(SpeculativeVideoPipeline):
         super().__init__(target, drafter)
         self._shared = PooledFamily(pool, self._target, "target")
         self._target = self._shared
-        self._drafter = PooledFamily(pool, self._drafter, "drafter")
+        is_alone = drafter is None
+        self._drafter = self._shared if is_alone else PooledFamily(pool, self._drafter, "drafter")
 
     @property
     def num_decoded(self) -> int:

@@ -45,7 +45,7 @@ class Pair:
     Attributes:
         name: Of the pair.
         target: A pipeline of diffusers.
-        drafter: Another.
+        drafter: Another; None where the target drafts for itself.
         options: Of a call: sizes, steps, guidance, blocks.
         prompts: To make videos of, and behind them those for thresholds.
         num_judged: Of the prompts, those that are judged.
@@ -81,24 +81,42 @@ class Pair:
 _NO_OPTIONS = ("fps", "router")
 
 
-def load_pair(name: str, attention: str, device: str) -> Pair:
+#: Who drafts: the model in the folder NAME-drafter, or the target itself in fewer steps.
+DRAFTERS = ("pair", "self")
+
+
+def load_pair(
+    name: str, attention: str, device: str, drafter: str = "pair", **steps: int | None
+) -> Pair:
     """Loads a bundled pair: the folders NAME and NAME-drafter.
+
+    Args:
+        name: Of the pair.
+        attention: "dense" or "flex".
+        device: For all of it.
+        drafter: One of `DRAFTERS`.
+        **steps: ``num_inference_steps`` and ``drafter_steps`` instead of the pair's own.
 
     Raises:
         ValueError: If there is none, or it is not complete.
     """
+    require_known("drafter", drafter, DRAFTERS)
     names = [one for one in bundled_names() if f"{one}-drafter" in bundled_names()]
     names = [one for one in names if (bundled_path(one) / "held_out.jsonl").exists()]
     require_known("pair of video models", name, names)
     folder = bundled_path(name)
-    pipe = SpeculativeVideoPipeline.from_pretrained(folder, drafter=bundled_path(f"{name}-drafter"))
+    is_alone = drafter == "self"
+    pipe = SpeculativeVideoPipeline.from_pretrained(
+        folder, drafter="self" if is_alone else bundled_path(f"{name}-drafter")
+    )
     pipe.to(device)
     if attention == "dense":
-        for one in (pipe.target, pipe.drafter):
+        for one in {id(one): one for one in (pipe.target, pipe.drafter)}.values():
             use_dense_attention(one.transformer)
     options = json.loads((folder / "defaults.json").read_text(encoding="utf-8"))
     for name_of_other in _NO_OPTIONS:
         options.pop(name_of_other, None)
+    options |= {key: value for key, value in steps.items() if value is not None}
     lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     splits = {
@@ -109,7 +127,7 @@ def load_pair(name: str, attention: str, device: str) -> Pair:
     return Pair(
         name=name,
         target=pipe.target,
-        drafter=pipe.drafter,
+        drafter=None if is_alone else pipe.drafter,
         options=options,
         prompts=[entry["prompt"] for entry in (*splits[False], *splits[True])],
         num_judged=len(splits[False]),
