@@ -96,7 +96,8 @@ def _beside(kind: str) -> Callable[..., Any]:
         if notes is not None:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             softcap = kwargs.get("softcap")
-            notes[module.layer_idx] = Noted(query, attention_mask, key.shape[2], scaling, softcap)
+            layer: int = module.layer_idx  # type: ignore[assignment]
+            notes[layer] = Noted(query, attention_mask, key.shape[2], scaling, softcap)
         # Eager attention is a function of each family's own module, not one that is registered.
         own = sys.modules[type(module).__module__]
         function = own.eager_attention_forward if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]

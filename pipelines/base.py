@@ -39,7 +39,7 @@ class SpeculativePipeline:
         """The model's floating-point type."""
         return self.model.dtype
 
-    def to(self, *args: object, **kwargs: object) -> "SpeculativePipeline":
+    def to(self, *args: Any, **kwargs: Any) -> "SpeculativePipeline":
         """Moves or casts the model and that of the default drafter; returns the pipeline."""
         drafter = getattr(self, "drafter", None)
         small = drafter.get("model") if isinstance(drafter, Mapping) else drafter

@@ -63,15 +63,16 @@ def use_dense_attention(transformer: Any) -> None:
     """Gives an ``AnyFlowFARTransformer3DModel`` this attention, for every caller."""
     for block in transformer.blocks:
         block.attn1.set_processor(DenseAttention())
-    build, masks = transformer.build_attention_mask, {}
+    build = transformer.build_attention_mask
+    masks: dict[str, Tensor] = {}
 
     def build_dense(**arguments: Any) -> Tensor:
         key = repr(sorted(arguments.items()))
         if key not in masks:
             block_mask = build(**arguments)
-            sizes = block_mask.seq_lengths
+            num_queries, num_keys = block_mask.seq_lengths
             masks[key] = create_mask(
-                block_mask.mask_mod, None, None, *sizes, device=arguments["device"]
+                block_mask.mask_mod, None, None, num_queries, num_keys, device=arguments["device"]
             )
         return masks[key]
 

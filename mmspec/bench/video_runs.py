@@ -175,7 +175,8 @@ def _pooled(
     videos: Videos, wanted: Sequence[tuple[Setup, int]], thresholds: Thresholds
 ) -> list[tuple[VideoOutput, Sample]]:
     """Makes videos together; returns each with what was done for it."""
-    pool, results, pair = Pool(), {}, videos.pair
+    pool, pair = Pool(), videos.pair
+    results: dict[Any, list[Tensor]] = {}
 
     def job(setup: Setup, index: int) -> Callable[[], tuple[VideoOutput, Sample]]:
         def make() -> tuple[VideoOutput, Sample]:

@@ -200,7 +200,7 @@ class Setup:
             thresholds: By `threshold_keys`.
             scorer: Gives the scorer of a name.
         """
-        routers = []
+        routers: list[BlockRouter] = []
         for part in self.parts:
             name, at, rate = part.partition("@")
             if at:
