@@ -14,7 +14,7 @@ from mmspec.bench.measure import Budget, check_final_line
 from mmspec.bench.report import Output
 from mmspec.bench.video_attention import use_dense_attention
 from mmspec.bench.video_pool import Pool, PooledVideoPipeline
-from mmspec.bench.video_setups import Pair, Setup, default_setups
+from mmspec.bench.video_setups import Pair, Setup, default_setups, load_pair
 from mmspec.bench.video_statistics import Paired, interpolated
 from mmspec.pipelines import SpeculativeVideoPipeline
 
@@ -118,17 +118,21 @@ def test_a_target_that_is_not_diffusers_fails_the_run(pair, tmp_path, monkeypatc
     assert stopped.value.exit_code == 1
 
 
-@pytest.mark.parametrize("router", ["every:2", "first-block+temporal:-0.05"])
-def test_videos_made_together_are_those_made_alone(pair, router):
-    pool, alone = Pool(), SpeculativeVideoPipeline.from_model(pair.target, drafter=pair.drafter)
+@pytest.mark.parametrize(
+    ("router", "is_alone"),
+    [("every:2", False), ("every:2", True), ("first-block+temporal:-0.05", False)],
+)
+def test_videos_made_together_are_those_made_alone(pair, router, is_alone):
+    drafter = None if is_alone else pair.drafter
+    pool, alone = Pool(), SpeculativeVideoPipeline.from_model(pair.target, drafter=drafter)
     alone.set_progress_bar_config(disable=True)
 
     def call(pipe, seed, router=router):
-        options = OPTIONS | {"output_type": "pt", "generator": seeded(seed)}
+        options = OPTIONS | {"output_type": "pt", "generator": seeded(seed), "drafter_steps": 1}
         return pipe(PROMPTS[seed], router=router, **options)
 
     def job(seed, router):
-        pipe = PooledVideoPipeline(pair.target, pair.drafter, pool)
+        pipe = PooledVideoPipeline(pair.target, drafter, pool)
         pipe.set_progress_bar_config(disable=True)
         return lambda: call(pipe, seed, router)
 
@@ -256,6 +260,7 @@ def test_a_setup_that_is_none_is_refused(name, message):
     [
         ({"model": "videos"}, "unknown pair of video models 'videos'"),
         ({"rates": "0.5,1"}, r"rates must be numbers in \(0, 1\), got '1'"),
+        ({"drafter": "none"}, "unknown drafter 'none'; known: pair, self"),
         ({"attention": "fast"}, "unknown attention 'fast'; known: dense, flex"),
         ({"costs": "free"}, "unknown costs 'free'"),
         ({"scorers": "taste"}, "unknown entry 'taste'"),
@@ -265,6 +270,13 @@ def test_a_setup_that_is_none_is_refused(name, message):
 def test_bad_options_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         video.run(**options, out=tmp_path)
+
+
+def test_a_bundled_target_may_draft_for_itself():
+    pair = load_pair("clips", "dense", "cpu", "self", num_inference_steps=4, drafter_steps=None)
+    assert pair.drafter is None
+    assert (pair.options["num_inference_steps"], pair.drafter_steps) == (4, 2)
+    assert (len(pair.prompts), pair.num_judged, pair.num_blocks) == (320, 256, 9)
 
 
 def test_bad_sizes_are_refused(pair, tmp_path):
