@@ -54,8 +54,9 @@ def main() -> None:
     args = parser.parse_args()
     for size, name in (("target", "clips"), ("drafter", "clips-drafter")):
         make_pipeline(size, args.work_dir).save_pretrained(args.out / name)
+        shutil.copyfile(args.work_dir / f"{size}.jsonl", args.out / name / "training_log.jsonl")
     folder = args.out / "clips"
-    shutil.copy(args.work_dir / "classifier.safetensors", folder)
+    shutil.copyfile(args.work_dir / "classifier.safetensors", folder / "classifier.safetensors")
     (folder / "defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     _, held_out = split_scenes()
     with (folder / "held_out.jsonl").open("w") as file:
