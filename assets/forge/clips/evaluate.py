@@ -64,7 +64,7 @@ def main() -> None:
     )
     pipe.set_progress_bar_config(disable=True)
     for size, router, choices in (
-        ("target", "never", (4, 8, 16)),
+        ("target", "never", (2, 3, 4, 8, 16)),
         ("drafter", "always", (1, 2, 4)),
     ):
         for num_steps in choices:
