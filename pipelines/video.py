@@ -22,6 +22,7 @@ from mmspec.assets import bundled_names, bundled_path
 from mmspec.engine import Engine
 from mmspec.pipelines.base import SpeculativePipeline
 from mmspec.pipelines.video_request import (
+    OF_DRAFTER,
     GivenPrompt,
     VideoOptions,
     VideoRequest,
@@ -93,7 +94,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
 
         Raises:
             ValueError: If a bundled name is unknown, a model is of no known family, the two do not
-                fit together, or the target's `defaults.json` cannot be used.
+                fit together, or the `defaults.json` of one cannot be used.
         """
         path, drafter_path = _found(id_or_path), _drafter_path(id_or_path, drafter)
         defaults = read_defaults(path)
@@ -103,6 +104,8 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
             return cls(target, None, defaults)
         without = {"text_encoder": None, "tokenizer": None}
         drafting = DiffusionPipeline.from_pretrained(drafter_path, **kwargs, **without)
+        of_drafter = read_defaults(drafter_path)
+        defaults |= {name: of_drafter[name] for name in OF_DRAFTER if name in of_drafter}
         return cls(target, drafting, defaults)
 
     @classmethod

@@ -104,6 +104,8 @@ _DEFAULTS: VideoOptions = {
 
 #: Beside the pipeline in its folder, a JSON object of options.
 DEFAULTS_FILE = "defaults.json"
+#: Those that count where the folder is a drafter's; they win over the target's.
+OF_DRAFTER = ("drafter_steps", "drafter_guidance_scale", "router")
 #: Options that such a file cannot hold.
 _NO_JSON = {
     "generator", "latents", "prompt_embeds", "negative_prompt_embeds", "callback_on_step_end",

@@ -113,9 +113,7 @@ def load_pair(
     if attention == "dense":
         for one in {id(one): one for one in (pipe.target, pipe.drafter)}.values():
             use_dense_attention(one.transformer)
-    options = json.loads((folder / "defaults.json").read_text(encoding="utf-8"))
-    for name_of_other in _NO_OPTIONS:
-        options.pop(name_of_other, None)
+    options = {key: value for key, value in pipe.defaults.items() if key not in _NO_OPTIONS}
     options |= {key: value for key, value in steps.items() if value is not None}
     lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
