@@ -131,10 +131,12 @@ def test_a_killed_run_is_continued(command, prompts, tmp_path):
     assert len(list(out.iterdir())) == 4
     kept = json.loads(run(*command).stdout)
     assert (kept["num_videos"], kept["num_skipped"], kept["stats"]) == (0, 3, [])
-    # A timeline that is missing is made, with its video.
+    # A timeline that is missing is made, with its video; one that was half drawn is removed.
+    (out / ".0000-00.timeline.png.99999.part").touch()
     assert json.loads(run(*command, "--timeline").stdout)["num_videos"] == 3
     assert [file.read_bytes() for file in files] == content
     assert len(list(out.glob("*.timeline.png"))) == 3
+    assert len(list(out.iterdir())) == 7
 
 
 class Stopped(BaseException):

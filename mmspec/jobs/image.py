@@ -25,6 +25,7 @@ from mmspec.pictures import (
 )
 from mmspec.pipelines.image_decoders import DECODERS
 from mmspec.records import Stats
+from mmspec.whole_file import remove_partial
 
 PACKAGES = ("mmspec", "torch", "transformers")
 #: Chunks that may differ where a folder is continued: another version, and what follows from
@@ -298,6 +299,9 @@ def run_image_files(run: ImageRun) -> ImageSummary:
     missing = [picture for picture in pictures if not _is_made(picture, settings, steps_map)]
     summary = ImageSummary(out=out, num_skipped=len(pictures) - len(missing))
     pipe = _checked(run.load, missing)
+    for picture in missing:
+        for path in (picture.path, steps_path(picture.path)):
+            remove_partial(path)
     for batch in _batches(missing, run.batch_size):
         result = _draw(pipe, batch, settings)
         for row, picture in enumerate(batch):

@@ -336,7 +336,8 @@ def _make(pipe: Any, video: _Video, run: VideoRun) -> dict[str, Any]:
 
 def _clear(video: _Video) -> None:
     """Makes room: what a kill left half-done, and a folder that was made without its line."""
-    remove_partial(video.path)
+    for path in (video.path, video.timeline_path):
+        remove_partial(path)
     if video.path.is_dir():
         shutil.rmtree(video.path)
 
