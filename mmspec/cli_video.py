@@ -294,13 +294,13 @@ def _requests(
     Raises:
         ValueError: If a prompt is empty or a line cannot be used.
     """
-    from mmspec.jobs.image import ImageRequest, read_requests
+    from mmspec.jobs.requests import VisualRequest, read_requests
     from mmspec.pipelines.base import as_list
 
     shared: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": seed}
     if file is not None:
         return read_requests(file, shared)
-    return [ImageRequest(prompt=prompt, **shared) for prompt in as_list(prompts or [])]
+    return [VisualRequest(prompt=prompt, **shared) for prompt in as_list(prompts or [])]
 
 
 def _loader(model: str, drafter: str | None, dtype: str, device: str) -> Callable[[], Any]:

@@ -10,7 +10,7 @@ from video import save_pair, seeded
 
 from mmspec.cli import app
 from mmspec.jobs.calibration import expected_seconds, histogram
-from mmspec.jobs.image import ImageRequest
+from mmspec.jobs.requests import VisualRequest
 from mmspec.jobs.video import VideoRun, VideoSettings, run_videos
 from mmspec.pipelines import SpeculativeVideoPipeline
 from mmspec.routers.calibration import Calibration, calibrate
@@ -165,7 +165,7 @@ def test_a_run_that_is_stopped_in_a_video_leaves_nothing_half_done(pair, tmp_pat
             return pipe.stream(prompt, **options)
 
     def made(used, out):
-        requests = [ImageRequest(prompt=prompt) for prompt in PROMPTS]
+        requests = [VisualRequest(prompt=prompt) for prompt in PROMPTS]
         return run_videos(
             VideoRun(load=lambda: used, requests=requests, out=out, num=1, settings=settings,
                      timeline=False, report=lambda line: None)
