@@ -89,6 +89,10 @@ BlocksOption = Annotated[
 NegativeOption = Annotated[
     str | None, typer.Option(help="What guidance steers away from, for models that take one.")
 ]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(help="dense: faster for small models on a CPU; flex: as in diffusers."),
+]
 NumOption = Annotated[int, typer.Option("--num", "--num-videos", min=1, help="Videos per prompt.")]
 PromptsOption = Annotated[
     Path | None,
@@ -128,6 +132,7 @@ def video(
     height: HeightOption = None,
     width: WidthOption = None,
     block_sizes: BlocksOption = None,
+    attention: AttentionOption = None,
     fps: Annotated[
         float | None, typer.Option(help="Pictures a second; left out, as the model says, else 16.")
     ] = None,
@@ -173,6 +178,7 @@ def video(
                 height=height,
                 width=width,
                 block_sizes=_block_sizes(block_sizes),
+                attention=attention,
             ),
             format=file_format,
             fps=fps,
@@ -223,6 +229,7 @@ def calibrate(
     height: HeightOption = None,
     width: WidthOption = None,
     block_sizes: BlocksOption = None,
+    attention: AttentionOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
@@ -246,6 +253,7 @@ def calibrate(
             height=height,
             width=width,
             block_sizes=_block_sizes(block_sizes),
+            attention=attention,
         )
         summary = run_calibration(
             CalibrationRun(

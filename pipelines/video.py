@@ -230,10 +230,10 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
 
     def _samplers(self, request: VideoRequest) -> tuple[Sampler, Sampler]:
         """Target and drafter; one model, and so one cache, where they are the same."""
-        layout, scale = request.layout, request.drafter_guidance_scale
-        model = draft_model = self._target.model(layout, request.guidance_scale)
+        layout, scale, attention = request.layout, request.drafter_guidance_scale, request.attention
+        model = draft_model = self._target.model(layout, request.guidance_scale, attention)
         if self._drafter is not self._target or scale != request.guidance_scale:
-            draft_model = self._drafter.model(layout, scale)
+            draft_model = self._drafter.model(layout, scale, attention)
         steps = request.num_inference_steps
         return Sampler(model, steps), Sampler(draft_model, request.drafter_steps)
 

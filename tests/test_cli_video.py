@@ -193,6 +193,8 @@ def test_a_folder_is_not_continued_with_other_settings_or_prompts(command, tmp_p
     before = {path: path.read_bytes() for path in out.iterdir()}
     line = reason(*command, "a cat", "--out", out, "--steps", 3)
     assert "made with other settings: num_inference_steps None (asked for: 3)" in line
+    line = reason(*command, "a cat", "--out", out, "--attention", "dense")
+    assert "other settings: attention None (asked for: 'dense')" in line
     line = reason(*command, "a dog", "--out", out, "--seed", 1)
     assert "made with prompt 'a cat' (asked for: 'a dog'), seed 0 (asked for: 1)" in line
     (out / "videos.jsonl").unlink()
@@ -226,6 +228,9 @@ def test_bad_requests_are_refused_before_any_video(command, tmp_path):
     assert "for num_frames=9 makes 3 latent frames" in line
     assert "--block-sizes must be counts" in reason(*command, "a", "--block-sizes", "1,x")
     assert "stitch must be k" in reason(*command, "a", "--stitch", "9", "--out", out)
+    assert "attention must be None or 'flex'" in reason(
+        *command, "a", "--attention", "x", "--out", out
+    )
     assert "unknown router 'magic'" in reason(*command, "a", "--router", "magic", "--out", out)
     assert "unknown model 'clip'; known: self, bundled:clips" in reason(
         *command, "a", "--drafter", "clip", "--out", out
