@@ -61,7 +61,9 @@ CALIBRATE_EXAMPLES = examples(
     "says what a block of it costs.",
     "",
     '--losses has a line for each drafted block: {"file": "0000-00", "block": 1, "loss": 0.02},',
-    "the quality that is lost if the draft is kept, by any measure.",
+    "the quality that is lost if the draft is kept. The measure is yours: make each video twice,",
+    "with the router at the threshold -inf and with never, and compare it block by block. Names",
+    "and blocks are those of NAME.scores.jsonl; docs/video.md has such a program.",
 )
 
 ModelOption = Annotated[str, typer.Option(help=f"{KNOWN_VIDEO_MODELS}.")]
@@ -211,11 +213,13 @@ def calibrate(
         float | None, typer.Option(help="Share of the drafts to keep, such as 0.7.")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Instead: the mean loss per block that is allowed.")
+        float | None, typer.Option(help="Instead, with --losses: the mean loss allowed per block.")
     ] = None,
     losses: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="With it: the loss of each block, .jsonl."),
+        typer.Option(
+            exists=True, dir_okay=False, help="With --budget: the loss of each block, .jsonl."
+        ),
     ] = None,
     num: NumOption = 1,
     model: ModelOption = "bundled:clips",
