@@ -184,7 +184,7 @@ class FarFamily:
     """`diffusers.AnyFlowFARPipeline` as a family of block-wise video models."""
 
     can_stitch = True
-    attentions = ("flex", "dense")
+    attentions: tuple[str, ...] = ("flex", "dense")
 
     def __init__(self, pipe: Any) -> None:
         """Keeps the pipeline."""

@@ -142,7 +142,7 @@ class HeliosFamily:
     """`diffusers.HeliosPipeline` as a family of block-wise video models."""
 
     can_stitch = False
-    attentions = ()
+    attentions: tuple[str, ...] = ()
 
     def __init__(self, pipe: Any) -> None:
         """Keeps the pipeline."""
