@@ -61,6 +61,22 @@ def test_a_drafter_says_how_it_drafts_and_no_more(pair, tmp_path):
         loaded(pair[0], drafter=drafter)
 
 
+def test_a_folder_may_name_its_attention(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "target")
+    (tmp_path / "target" / "defaults.json").write_text(
+        json.dumps(DEFAULTS | {"attention": "dense", "router": "never"})
+    )
+
+    def frames(pipe, **options):
+        return pipe("a cat", generator=seeded(), output_type="pt", **options).frames
+
+    pipe = loaded(tmp_path / "target")
+    dense, flex = frames(pipe), frames(pipe, attention="flex")
+    assert torch.equal(dense, frames(pipe, attention="dense"))
+    assert torch.equal(flex, frames(loaded(pair[0]), router="never"))
+    torch.testing.assert_close(dense, flex, atol=1e-5, rtol=0)
+
+
 def test_a_bundled_target_brings_its_drafter(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(mmspec.assets, "_ROOT", tmp_path)
     with pytest.raises(ValueError, match="nothing bundled is called 'tiny'; known: "):
