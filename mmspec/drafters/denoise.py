@@ -58,6 +58,11 @@ class DenoiseDrafter(JacobiDrafter):
         self._reached = [[0] * self._schedule.num_steps for _ in range(rows.num_rows)]
         self._sigmas = self._schedule.sigmas().to(rows.lengths_B.device)
 
+    def admit(self, row: int) -> None:
+        """Forgets what it knew of a row that begins anew."""
+        super().admit(row)
+        self._reached[row] = [0] * self._schedule.num_steps
+
     def propose(self, plan: Plan) -> Proposal:
         """A chain of guesses: drafts up to the first noisy one, noisy embeddings from there on."""
         proposal = super().propose(plan)

@@ -96,6 +96,11 @@ class JacobiDrafter:
     def prefill(self) -> None:
         """Reads nothing."""
 
+    def admit(self, row: int) -> None:
+        """Forgets what it knew of a row that begins anew."""
+        self._host_known[row] = len(self._rows.host_tokens[row])
+        self._known_B[row] = self._host_known[row]
+
     def propose(self, plan: Plan) -> Proposal:
         """A chain of guesses behind each root."""
         rows = self._rows

@@ -17,6 +17,9 @@ class PlainDrafter:
     def prefill(self) -> None:
         """Reads nothing."""
 
+    def admit(self, row: int) -> None:
+        """Forgets nothing."""
+
     def propose(self, plan: Plan) -> Proposal:
         """The root alone."""
         return root_only(self._rows)
