@@ -153,7 +153,7 @@ def image_engine(
         shared_noise=rule in ("exact", "lossy-rows"),
     )
     made = _build_rule(rule, law, rows, family, layout, lenience)
-    seats = ImageSeats(target, drafter) if rows.num_waiting else None
+    seats = ImageSeats(target, drafter, made) if rows.num_waiting else None
     return Engine(target, drafter, made, schedule, seats), rows
 
 

@@ -1,16 +1,38 @@
 """Seats of an image batch: where an image is complete, the next request begins in its row."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from mmspec.adapters.token_image import TokenImageTarget
 from mmspec.cache import SlotCache
+from mmspec.drafters.plain import root_only
+from mmspec.protocols import Rule
+from mmspec.records import Proposal, Scores, Verdict
 
 
 class SeatedDrafter(Protocol):
     """A drafter whose rows may begin anew between two steps."""
 
-    def admit(self, row: int) -> None:
-        """Forgets what it knew of a row, where another prompt stands now."""
+    def admit(self, rows: Sequence[int], verdict: Verdict) -> None:
+        """Forgets what it knew of rows in which another prompt stands now.
+
+        Args:
+            rows: These rows.
+            verdict: What the rule chooses behind their prompts; meaningless in all other rows.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Prompts that were read: their requests, their keys, and what was said behind each."""
+
+    requests: range
+    cache: SlotCache
+    logits_RNV: Tensor
 
 
 class ImageSeats:
@@ -20,13 +42,24 @@ class ImageSeats:
     batches would, where reading each prompt when its row is free would take one for each.
     """
 
-    def __init__(self, target: TokenImageTarget, drafter: SeatedDrafter) -> None:
-        """Reads nothing yet."""
+    def __init__(
+        self,
+        target: TokenImageTarget,
+        drafter: SeatedDrafter,
+        rule: Rule[Proposal, Scores, Verdict],
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            target: The model over its rows.
+            drafter: Guesses ahead of the same rows.
+            rule: An exact one; it decides the first token of an image here, as a first guess.
+        """
         self._rows = target.rows
         self._target = target
         self._drafter = drafter
-        self._ahead: SlotCache | None = None
-        self._read: range = range(0)
+        self._rule = rule
+        self._read: Any = None
 
     @property
     def num_requests(self) -> int:
@@ -35,15 +68,28 @@ class ImageSeats:
 
     def fill(self) -> list[range]:
         """Begins the next images; returns the requests that were read, for each forward."""
-        reads = []
-        for row in self._rows.vacant:
+        vacant, reads = self._rows.vacant, []
+        if not vacant:
+            return reads
+        answers = []
+        for row in vacant:
             self._rows.admit(row)
             request = self._rows.requests[row]
-            if request not in self._read:
+            if self._read is None or request not in self._read.requests:
                 end = min(request + self._rows.num_rows, self.num_requests)
-                self._read = range(request, end)
-                self._ahead = self._target.read(self._read)
-                reads.append(self._read)
-            self._target.admit(row, self._ahead, request - self._read.start)
-            self._drafter.admit(row)
+                requests = range(request, end)
+                self._read = _Read(requests, *self._target.read(requests))
+                reads.append(requests)
+            place = request - self._read.requests.start
+            self._target.admit(row, self._read.cache, place)
+            answers.append(self._read.logits_RNV[place])
+        self._drafter.admit(vacant, self._first(vacant, torch.stack(answers)))
         return reads
+
+    def _first(self, rows: Sequence[int], answers_RNV: Tensor) -> Verdict:
+        """What the rule chooses behind the prompts of these rows."""
+        logits_BNV = answers_RNV.new_zeros(self._rows.num_rows, *answers_RNV.shape[1:])
+        logits_BNV[torch.tensor(rows, device=logits_BNV.device)] = answers_RNV
+        positions_BN = self._rows.last_B[:, None]
+        scores = Scores(logits_BNV=logits_BNV, positions_BN=positions_BN, forward_time_s=0.0)
+        return self._rule.verify(root_only(self._rows), scores)

@@ -324,14 +324,15 @@ class TokenImageTarget:
         hidden = self._guidance.prefill(self.forward, self._embedded)
         self._first_logits = self._guided(self._family.head(hidden))
 
-    def read(self, requests: Sequence[int]) -> SlotCache:
+    def read(self, requests: Sequence[int]) -> tuple[SlotCache, Tensor]:
         """Reads prompts that wait for a row into a cache of their own.
 
         Args:
-            requests: Numbers of the prompts.
+            requests: Numbers of the prompts, R of them.
 
         Returns:
-            A cache with a row for each of them, and with guidance one more behind.
+            A cache with a row for each prompt, and with guidance R more behind them; and the
+            logits behind each prompt, ``[R, 1, V]``.
         """
         prompts = self._guidance.prompts(requests)
         lengths = [len(prompt) for prompt in prompts]
@@ -343,16 +344,16 @@ class TokenImageTarget:
             capacity=max(lengths),
             place=None if place is None else lambda index: place(index, lengths_G),
         )
-        self._guidance.prefill(ahead, self._embedded, requests)
-        return ahead.cache
+        hidden = self._guidance.prefill(ahead, self._embedded, requests)
+        return ahead.cache, self._guided(self._family.head(hidden))
 
     def admit(self, row: int, cache: SlotCache, place: int) -> None:
         """Lets a row begin anew with a prompt that was read.
 
         Args:
             row: The row.
-            cache: What `read` returned.
-            place: Which of its requests the row continues now.
+            cache: The one that `read` returned.
+            place: Which of its prompts the row continues now.
         """
         self._guidance.follow()
         num_halves = self._guidance.num_rows // self.rows.num_rows
@@ -401,12 +402,9 @@ class TokenImageTarget:
         embeds = self._family.embed_image(codes)
         if proposal.noisy_BNH is not None:
             embeds = torch.where(proposal.valid_BN[..., None], embeds, proposal.noisy_BNH)
-        is_fresh = [
-            len(tokens) == prompt
-            for tokens, prompt in zip(self.rows.host_tokens, self.rows.prompt_lengths, strict=True)
-        ]
-        if any(is_fresh):
-            root = self._family.embed_text(tokens_BN[:, :1])
-            fresh_B = torch.tensor(is_fresh, device=embeds.device)[:, None]
-            embeds[:, 0] = torch.where(fresh_B, root[:, 0], embeds[:, 0])
+        lengths = zip(map(len, self.rows.host_tokens), self.rows.prompt_lengths, strict=True)
+        fresh = [row for row, (length, prompt) in enumerate(lengths) if length == prompt]
+        if fresh:
+            fresh_R = torch.tensor(fresh, device=embeds.device)
+            embeds[fresh_R, 0] = self._family.embed_text(tokens_BN[fresh_R, 0])
         return embeds

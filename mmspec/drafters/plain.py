@@ -1,5 +1,7 @@
 """No drafting: the yardstick, through the same loop as everything else."""
 
+from collections.abc import Sequence
+
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 from mmspec.tree import pack_roots
@@ -17,7 +19,7 @@ class PlainDrafter:
     def prefill(self) -> None:
         """Reads nothing."""
 
-    def admit(self, row: int) -> None:
+    def admit(self, rows: Sequence[int], verdict: Verdict) -> None:
         """Forgets nothing."""
 
     def propose(self, plan: Plan) -> Proposal:
