@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mmspec.adapters.token_image import TokenImageTarget
 from mmspec.cache import SlotCache
-from mmspec.drafters.plain import root_only
 from mmspec.protocols import Rule
 from mmspec.records import Proposal, Scores, Verdict
+from mmspec.tree import pack_roots
 
 
 class SeatedDrafter(Protocol):
@@ -59,7 +59,7 @@ class ImageSeats:
         self._target = target
         self._drafter = drafter
         self._rule = rule
-        self._read: Any = None
+        self._read: _Read | None = None
 
     @property
     def num_requests(self) -> int:
@@ -68,7 +68,8 @@ class ImageSeats:
 
     def fill(self) -> list[range]:
         """Begins the next images; returns the requests that were read, for each forward."""
-        vacant, reads = self._rows.vacant, []
+        reads: list[range] = []
+        vacant = self._rows.vacant
         if not vacant:
             return reads
         answers = []
@@ -76,15 +77,17 @@ class ImageSeats:
             self._rows.admit(row)
             request = self._rows.requests[row]
             if self._read is None or request not in self._read.requests:
-                end = min(request + self._rows.num_rows, self.num_requests)
-                requests = range(request, end)
-                self._read = _Read(requests, *self._target.read(requests))
-                reads.append(requests)
+                self._read = self._read_from(request)
+                reads.append(self._read.requests)
             place = request - self._read.requests.start
             self._target.admit(row, self._read.cache, place)
             answers.append(self._read.logits_RNV[place])
         self._drafter.admit(vacant, self._first(vacant, torch.stack(answers)))
         return reads
+
+    def _read_from(self, request: int) -> _Read:
+        requests = range(request, min(request + self._rows.num_rows, self.num_requests))
+        return _Read(requests, *self._target.read(requests))
 
     def _first(self, rows: Sequence[int], answers_RNV: Tensor) -> Verdict:
         """What the rule chooses behind the prompts of these rows."""
@@ -92,4 +95,4 @@ class ImageSeats:
         logits_BNV[torch.tensor(rows, device=logits_BNV.device)] = answers_RNV
         positions_BN = self._rows.last_B[:, None]
         scores = Scores(logits_BNV=logits_BNV, positions_BN=positions_BN, forward_time_s=0.0)
-        return self._rule.verify(root_only(self._rows), scores)
+        return self._rule.verify(pack_roots(self._rows.roots_B()), scores)
