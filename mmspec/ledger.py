@@ -35,6 +35,7 @@ class Ledger:
         self.num_extra_forwards = 0
         self.later_reads: list[Sequence[int]] = []
         self._num_requests = num_requests
+        self._phases_s = [0.0, 0.0, 0.0]
         # Of each request the steps that it took part in, and its row there.
         self._turns: list[list[tuple[StepRecord, int]]] = []
         self._drafter = drafter
@@ -79,6 +80,8 @@ class Ledger:
             other_time_s=max(wall_time_s - draft_time_s - scores.forward_time_s, 0.0),
         )
         self.steps.append(step)
+        times = (step.draft_time_s, step.verify_time_s, step.other_time_s)
+        self._phases_s = [sum(pair) for pair in zip(self._phases_s, times, strict=True)]
         for row, request in enumerate(requests):
             if outcome.was_active[row]:
                 self._turns[request].append((step, row))
@@ -116,9 +119,7 @@ class Ledger:
         num_reads = [len(own.intersection(read)) for read in self.later_reads]
         num_row_forwards = len(active) + self.num_extra_forwards * len(requests) + sum(num_reads)
         num_forwards = len({s.index for s, _ in active}) + self.num_extra_forwards
-        draft_s = sum(s.draft_time_s for s in self.steps)
-        verify_s = sum(s.verify_time_s for s in self.steps)
-        other_s = sum(s.other_time_s for s in self.steps)
+        draft_s, verify_s, other_s = self._phases_s
         return Stats(
             num_units=num_units,
             num_target_forwards=num_forwards + sum(count > 0 for count in num_reads),
