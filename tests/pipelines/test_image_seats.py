@@ -7,6 +7,7 @@ import pytest
 import torch
 from emu3 import PROMPTS as EMU3_PROMPTS
 from emu3 import tiny_emu3, tiny_processor
+from glm import glm_model, glm_processor
 from saved import save_janus
 
 from mmspec.denoiser import Denoiser, NoiseSchedule
@@ -117,6 +118,15 @@ def test_prompts_of_both_halves_and_forced_tokens_follow_the_image():
     whole = make(pipe, EMU3_PROMPTS, **options)
     out = make(pipe, EMU3_PROMPTS, batch_size=2, window=8, **options)
     assert torch.equal(out.tokens, whole.tokens)
+
+
+def test_positions_that_are_counted_by_the_grid_follow_the_image():
+    pipe = SpeculativeImagePipeline.from_model(glm_model(), glm_processor())
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a cat", "a red dog", "a blue hat", "a red cat 3 hat"]
+    options = {"height": 64, "width": 96, "window": 16}
+    whole = make(pipe, prompts, **options)
+    assert torch.equal(make(pipe, prompts, batch_size=2, **options).tokens, whole.tokens)
 
 
 def test_images_are_handed_over_when_they_are_complete(pipe):
