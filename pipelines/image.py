@@ -285,9 +285,10 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         )
 
         def after(record: StepRecord, outcome: Outcome) -> bool:
-            for index in outcome.ended if callback_on_image_end is not None else ():
-                image = engine.ledger.generation(requests=[index])
-                callback_on_image_end(self, index, self._output(image, layout, output_type))
+            if callback_on_image_end is not None:
+                for index in outcome.ended:
+                    image = engine.ledger.generation(requests=[index])
+                    callback_on_image_end(self, index, self._output(image, layout, output_type))
             return after_step(record, outcome)
 
         with bar:

@@ -82,6 +82,8 @@ class ImageSeats:
             place = request - self._read.requests.start
             self._target.admit(row, self._read.cache, place)
             answers.append(self._read.logits_RNV[place])
+        if not self._rows.num_waiting:
+            self._read = None
         self._drafter.admit(vacant, self._first(vacant, torch.stack(answers)))
         return reads
 
