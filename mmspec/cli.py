@@ -292,6 +292,7 @@ def image(
         raise typer.BadParameter("needs one sheet, --out FILE.png", param_hint="--preview")
     with one_line_reasons(debug):
         from mmspec.jobs import image as jobs
+        from mmspec.jobs.requests import VisualRequest, read_requests
 
         settings = jobs.ImageSettings(
             model=model,
@@ -307,9 +308,9 @@ def image(
         shared |= {"height": height, "width": width}
         run = jobs.ImageRun(
             load=loader("SpeculativeImagePipeline", model, KNOWN_IMAGE_MODELS, dtype, device),
-            requests=jobs.read_requests(file, shared)
+            requests=read_requests(file, shared)
             if file is not None
-            else [jobs.ImageRequest(prompt=str(prompt), **shared)],
+            else [VisualRequest(prompt=str(prompt), **shared)],
             out=out,
             num=num,
             settings=settings,

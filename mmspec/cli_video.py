@@ -61,7 +61,9 @@ CALIBRATE_EXAMPLES = examples(
     "says what a block of it costs.",
     "",
     '--losses has a line for each drafted block: {"file": "0000-00", "block": 1, "loss": 0.02},',
-    "the quality that is lost if the draft is kept, by any measure.",
+    "the quality that is lost if the draft is kept. The measure is yours: make each video twice,",
+    "with the router at the threshold -inf and with never, and compare it block by block. Names",
+    "and blocks are those of NAME.scores.jsonl; docs/video.md has such a program.",
 )
 
 ModelOption = Annotated[str, typer.Option(help=f"{KNOWN_VIDEO_MODELS}.")]
@@ -88,6 +90,10 @@ BlocksOption = Annotated[
 ]
 NegativeOption = Annotated[
     str | None, typer.Option(help="What guidance steers away from, for models that take one.")
+]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(help="dense: faster for small models on a CPU; flex: as in diffusers."),
 ]
 NumOption = Annotated[int, typer.Option("--num", "--num-videos", min=1, help="Videos per prompt.")]
 PromptsOption = Annotated[
@@ -128,6 +134,7 @@ def video(
     height: HeightOption = None,
     width: WidthOption = None,
     block_sizes: BlocksOption = None,
+    attention: AttentionOption = None,
     fps: Annotated[
         float | None, typer.Option(help="Pictures a second; left out, as the model says, else 16.")
     ] = None,
@@ -173,6 +180,7 @@ def video(
                 height=height,
                 width=width,
                 block_sizes=_block_sizes(block_sizes),
+                attention=attention,
             ),
             format=file_format,
             fps=fps,
@@ -205,11 +213,13 @@ def calibrate(
         float | None, typer.Option(help="Share of the drafts to keep, such as 0.7.")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Instead: the mean loss per block that is allowed.")
+        float | None, typer.Option(help="Instead, with --losses: the mean loss allowed per block.")
     ] = None,
     losses: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="With it: the loss of each block, .jsonl."),
+        typer.Option(
+            exists=True, dir_okay=False, help="With --budget: the loss of each block, .jsonl."
+        ),
     ] = None,
     num: NumOption = 1,
     model: ModelOption = "bundled:clips",
@@ -223,6 +233,7 @@ def calibrate(
     height: HeightOption = None,
     width: WidthOption = None,
     block_sizes: BlocksOption = None,
+    attention: AttentionOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
@@ -246,6 +257,7 @@ def calibrate(
             height=height,
             width=width,
             block_sizes=_block_sizes(block_sizes),
+            attention=attention,
         )
         summary = run_calibration(
             CalibrationRun(
@@ -294,13 +306,13 @@ def _requests(
     Raises:
         ValueError: If a prompt is empty or a line cannot be used.
     """
-    from mmspec.jobs.image import ImageRequest, read_requests
+    from mmspec.jobs.requests import VisualRequest, read_requests
     from mmspec.pipelines.base import as_list
 
     shared: dict[str, Any] = {"negative_prompt": negative_prompt, "seed": seed}
     if file is not None:
         return read_requests(file, shared)
-    return [ImageRequest(prompt=prompt, **shared) for prompt in as_list(prompts or [])]
+    return [VisualRequest(prompt=prompt, **shared) for prompt in as_list(prompts or [])]
 
 
 def _loader(model: str, drafter: str | None, dtype: str, device: str) -> Callable[[], Any]:

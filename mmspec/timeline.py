@@ -50,7 +50,7 @@ def timeline(
     *,
     title: str = "",
 ) -> Image.Image:
-    """Draws a video as a strip of its blocks.
+    r"""Draws a video as a strip of its blocks.
 
     The border of a block says who made it; below it stand the router's score of the draft and the
     seconds that drafter, router and target took for it.
@@ -58,7 +58,8 @@ def timeline(
     Args:
         blocks: How each block came about, as `VideoOutput.blocks` has it for a video.
         pictures: Of each block one or more pictures, all of one size; see `spread`.
-        title: Stands above, such as the prompt.
+        title: Stands above, such as the prompt. A character that Pillow's own font lacks is
+            written as Python's escape, ``\u732b``.
 
     Raises:
         ValueError: If there is no block, or not the same number of both, or a block has no picture.
@@ -81,7 +82,8 @@ def timeline(
     width = max(width, 3 * 90)
     sheet = Image.new("RGB", (width, top + len(rows) * row_height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, _GAP // 2), _shortened(title, width - 2 * _GAP, font), fill=_INK, font=font)
+    shown = _shortened(_legible(title, font), width - 2 * _GAP, font)
+    draw.text((_GAP, _GAP // 2), shown, fill=_INK, font=font)
     _legend(draw, sorted({block.source for block in blocks}), _GAP // 2 + _LINE, font)
     for number, row in enumerate(rows):
         left = _GAP
@@ -156,8 +158,23 @@ def _legend(draw: Any, sources: Sequence[str], top: int, font: Any) -> None:
         left += 90
 
 
+def _legible(text: str, font: Any) -> str:
+    """The text in one line, with escapes for characters that the font has no picture of."""
+
+    def picture(character: str) -> tuple[object, bytes]:
+        mask = font.getmask(character)
+        return mask.size, bytes(mask)
+
+    none = picture(
+        "\uffff"
+    )  # which Unicode keeps free of characters: what stands for a missing one
+    return "".join(
+        one.encode("ascii", "backslashreplace").decode() if picture(one) == none else one
+        for one in " ".join(text.split())
+    )
+
+
 def _shortened(text: str, width: int, font: Any) -> str:
-    text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
     length = bisect_right(

@@ -1,6 +1,7 @@
 """What all pipelines share: devices, progress bars, interruption, checks of arguments."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from mmspec.checks import is_integer, is_number, require
 from mmspec.forward import text_device
 from mmspec.records import Outcome, StepRecord
 from mmspec.tree import BUCKETS
+
+logger = logging.getLogger("mmspec")
 
 StepEnd = Callable[[Any, int, dict[str, Any]], bool | None]
 Mover = Callable[[tqdm], Callable[[StepRecord], None]]
@@ -28,6 +31,7 @@ class SpeculativePipeline:
         self.model: Any = model.eval()
         self._progress_bar_config: dict[str, Any] = {}
         self._interrupt = False
+        self._unknown_words: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -55,6 +59,26 @@ class SpeculativePipeline:
     def interrupt(self) -> None:
         """Stops the running call after its current step; it returns what it has."""
         self._interrupt = True
+
+    def _warn_of_unknown_words(self, processor: Any, texts: Iterable[str]) -> None:
+        """Names words that the model cannot tell apart, each once for a pipeline.
+
+        Args:
+            processor: Of the model, or its tokenizer.
+            texts: Prompts.
+        """
+        tokenizer = getattr(processor, "tokenizer", processor)
+        found = {word: None for text in texts for word in unknown_words(tokenizer, text)}
+        new = [word for word in found if word not in self._unknown_words]
+        if new:
+            self._unknown_words.update(new)
+            logger.warning(
+                "the model does not know %s, and reads each as %s; what it knows: the vocabulary "
+                "of its tokenizer, %s",
+                ", ".join(map(repr, new)),
+                tokenizer.unk_token,
+                tokenizer.name_or_path or "get_vocab()",
+            )
 
     def _watch(
         self,
@@ -138,6 +162,29 @@ def as_list(prompt: str | Iterable[str]) -> list[str]:
         is_good = isinstance(text, str) and text.strip() != ""
         require(is_good, f"prompt {index}", "a non-empty string", text)
     return prompts
+
+
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """The parts of a text for which a tokenizer has nothing but its token for unknown words.
+
+    Args:
+        tokenizer: Of transformers.
+        text: A prompt.
+
+    Returns:
+        The parts in their order, with repeats and without blanks; the whole text where the
+        tokenizer does not say which part a token stands for.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast or None
+    )
+    places = encoded.get("offset_mapping", [(0, len(text))] * len(encoded["input_ids"]))
+    pairs = zip(encoded["input_ids"], places, strict=True)
+    words = [text[start:end].strip() for token, (start, end) in pairs if token == unknown]
+    return [word for word in words if word not in ("", tokenizer.unk_token)]
 
 
 def check_positive(name: str, value: object) -> None:

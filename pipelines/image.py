@@ -257,6 +257,8 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         config = LawConfig(
             temperature=temperature, top_k=top_k, top_p=top_p, allowed=layout.allowed
         )
+        given = [text for texts_of_row in pairs for text in texts_of_row if text is not None]
+        self._warn_of_unknown_words(self.processor, given)
         # Looked at before guidance: a family without negative prompts says so in any case.
         negative_ids = [
             self._family.negative(self.processor, text, layout)

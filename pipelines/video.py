@@ -22,6 +22,7 @@ from mmspec.assets import bundled_names, bundled_path
 from mmspec.engine import Engine
 from mmspec.pipelines.base import SpeculativePipeline
 from mmspec.pipelines.video_request import (
+    OF_DRAFTER,
     GivenPrompt,
     VideoOptions,
     VideoRequest,
@@ -93,7 +94,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
 
         Raises:
             ValueError: If a bundled name is unknown, a model is of no known family, the two do not
-                fit together, or the target's `defaults.json` cannot be used.
+                fit together, or the `defaults.json` of one cannot be used.
         """
         path, drafter_path = _found(id_or_path), _drafter_path(id_or_path, drafter)
         defaults = read_defaults(path)
@@ -103,6 +104,8 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
             return cls(target, None, defaults)
         without = {"text_encoder": None, "tokenizer": None}
         drafting = DiffusionPipeline.from_pretrained(drafter_path, **kwargs, **without)
+        of_drafter = read_defaults(drafter_path)
+        defaults |= {name: of_drafter[name] for name in OF_DRAFTER if name in of_drafter}
         return cls(target, drafting, defaults)
 
     @classmethod
@@ -160,7 +163,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         num_rows = len(checked)
         layout, router, stitch = request.layout, request.router, request.stitch
         noise = self._target.noise(layout, num_rows, request.generator, request.latents)
-        prompts = encode_prompts(self.target, checked, request)
+        prompts = self._encode(checked, request)
         rows = [
             VideoRow(of_row, layout.block_sizes, one, self._target.codec())
             for of_row, one in zip(noise.split(1), prompts, strict=True)
@@ -176,7 +179,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
 
         def read(prompt: Any, options: Mapping[str, Any]) -> list[Prompt]:
             checked = check_prompts(self.target, prompt, options, request, num_rows)
-            return encode_prompts(self.target, checked, request)
+            return self._encode(checked, request)
 
         def watch(stream: VideoStream) -> tuple[tqdm, AfterStep]:
             return self._watch(
@@ -219,12 +222,21 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         check_noise(request, len(checked))
         return request, checked
 
+    def _encode(self, prompts: Sequence[GivenPrompt], request: VideoRequest) -> list[Prompt]:
+        if self.target.tokenizer is not None:
+            texts = [
+                (one.text, one.negative_text if request.is_guided else None) for one in prompts
+            ]
+            given = [text for of_row in texts for text in of_row if text is not None]
+            self._warn_of_unknown_words(self.target.tokenizer, given)
+        return encode_prompts(self.target, prompts, request)
+
     def _samplers(self, request: VideoRequest) -> tuple[Sampler, Sampler]:
         """Target and drafter; one model, and so one cache, where they are the same."""
-        layout, scale = request.layout, request.drafter_guidance_scale
-        model = draft_model = self._target.model(layout, request.guidance_scale)
+        layout, scale, attention = request.layout, request.drafter_guidance_scale, request.attention
+        model = draft_model = self._target.model(layout, request.guidance_scale, attention)
         if self._drafter is not self._target or scale != request.guidance_scale:
-            draft_model = self._drafter.model(layout, scale)
+            draft_model = self._drafter.model(layout, scale, attention)
         steps = request.num_inference_steps
         return Sampler(model, steps), Sampler(draft_model, request.drafter_steps)
 

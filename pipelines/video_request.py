@@ -44,9 +44,12 @@ class VideoOptions(TypedDict, total=False):
             for itself in fewer steps.
         guidance_scale: Classifier-free guidance of the target; at most 1 is none.
         drafter_guidance_scale: That of the drafter; without it the same.
+        attention: Of AnyFlow-FAR: "flex", as diffusers has it, or "dense", the same to rounding
+            and several times faster for small models on a CPU. Both models, in this call alone;
+            None is as they have it.
         router: A name with its argument ("first-block", "every:3"), or a router. "never", which
-            needs no drafter, is the target's pipeline to the bit, and the default; all others are
-            `lossy`.
+            needs no drafter, is the target's pipeline to the bit (with the same attention), and
+            the default; all others are `lossy`.
         stitch: Shares the steps of the blocks that the target writes, the first block excepted.
             k, or "drafter:k", leaves the first k steps to the drafter; "target:k" has the target
             take the first k and the drafter the rest.
@@ -70,6 +73,7 @@ class VideoOptions(TypedDict, total=False):
     drafter_steps: int
     guidance_scale: float
     drafter_guidance_scale: float
+    attention: str | None
     router: str | BlockRouter
     stitch: int | str | None
     block_sizes: Sequence[int] | None
@@ -92,6 +96,7 @@ _AS_IN_DIFFUSERS = (
     "max_sequence_length",
 )
 _DEFAULTS: VideoOptions = {
+    "attention": None,
     "router": "never",
     "stitch": None,
     "block_sizes": None,
@@ -104,6 +109,8 @@ _DEFAULTS: VideoOptions = {
 
 #: Beside the pipeline in its folder, a JSON object of options.
 DEFAULTS_FILE = "defaults.json"
+#: Those that count where the folder is a drafter's; they win over the target's.
+OF_DRAFTER = ("drafter_steps", "drafter_guidance_scale", "router")
 #: Options that such a file cannot hold.
 _NO_JSON = {
     "generator", "latents", "prompt_embeds", "negative_prompt_embeds", "callback_on_step_end",
@@ -169,6 +176,7 @@ class VideoRequest:
     drafter_steps: int
     guidance_scale: float
     drafter_guidance_scale: float
+    attention: str | None
     generator: Any
     latents: Tensor | None
     max_sequence_length: int
@@ -205,6 +213,7 @@ def video_request(
         check_positive(name, given[name])
     check_callback(given["callback_on_step_end"])
     require_known("output_type", given["output_type"], OUTPUT_TYPES)
+    _check_attention(target, given["attention"])
     router = build_router(given["router"], loaded)
     stitch = _stitch(given["stitch"], given["num_inference_steps"])
     is_exact = router.guarantee == Guarantee.EXACT and stitch is None
@@ -357,6 +366,17 @@ def _stitch(value: object, num_steps: int) -> Stitch | None:
         return Stitch(steps, begins)
     rule = f"k, 'drafter:k' or 'target:k' with k from 1 to num_inference_steps, {num_steps}"
     raise ValueError(f"stitch must be {rule}, got {value!r}")
+
+
+def _check_attention(family: VideoFamily, attention: object) -> None:
+    """Refuses an attention that a family does not have.
+
+    Raises:
+        ValueError: With those that it has.
+    """
+    rule = " or ".join(map(repr, [None, *family.attentions]))
+    is_good = attention is None or attention in family.attentions
+    require(is_good, "attention", f"{rule} for {type(family.pipe).__name__}", attention)
 
 
 def _check_stitch(target: VideoFamily, drafter: VideoFamily, given: Mapping[str, Any]) -> None:

@@ -169,6 +169,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
         has_videos = vision_language.FAMILIES[self.model.config.model_type].videos is not None
         blind = None if has_videos else type(self.model).__name__
         read = read_prompts(self.processor, requests, images, videos, blind=blind)
+        self._warn_of_unknown_words(self.tokenizer, [one.text for one in read])
         inputs = self._encode(read)
         is_token_BP = inputs["attention_mask"].bool()
         pairs = zip(inputs["input_ids"], is_token_BP, strict=True)

@@ -179,10 +179,11 @@ def test_a_killed_image_run_is_continued(janus, tmp_path):
     assert [file.name for file in files] == ["0000-00.png", "0001-00.png", "0002-00.png"]
     content = [file.read_bytes() for file in files]
     files[1].write_bytes(content[1][:-70])
-    files[2].unlink()
+    files[2].rename(out / ".0002-00.png.99999.part")
     again = json.loads(run(*command).stdout)
     assert (again["num_images"], again["num_skipped"]) == (2, 1)
     assert [file.read_bytes() for file in files] == content
+    assert sorted(out.iterdir()) == files
     kept = json.loads(run(*command).stdout)
     assert (kept["num_images"], kept["num_skipped"], kept["batches"]) == (0, 3, [])
     # A step map that is missing is made, with its image.

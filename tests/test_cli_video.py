@@ -10,7 +10,7 @@ from video import save_pair, seeded
 
 from mmspec.cli import app
 from mmspec.jobs.calibration import expected_seconds, histogram
-from mmspec.jobs.image import ImageRequest
+from mmspec.jobs.requests import VisualRequest
 from mmspec.jobs.video import VideoRun, VideoSettings, run_videos
 from mmspec.pipelines import SpeculativeVideoPipeline
 from mmspec.routers.calibration import Calibration, calibrate
@@ -131,10 +131,12 @@ def test_a_killed_run_is_continued(command, prompts, tmp_path):
     assert len(list(out.iterdir())) == 4
     kept = json.loads(run(*command).stdout)
     assert (kept["num_videos"], kept["num_skipped"], kept["stats"]) == (0, 3, [])
-    # A timeline that is missing is made, with its video.
+    # A timeline that is missing is made, with its video; one that was half drawn is removed.
+    (out / ".0000-00.timeline.png.99999.part").touch()
     assert json.loads(run(*command, "--timeline").stdout)["num_videos"] == 3
     assert [file.read_bytes() for file in files] == content
     assert len(list(out.glob("*.timeline.png"))) == 3
+    assert len(list(out.iterdir())) == 7
 
 
 class Stopped(BaseException):
@@ -163,7 +165,7 @@ def test_a_run_that_is_stopped_in_a_video_leaves_nothing_half_done(pair, tmp_pat
             return pipe.stream(prompt, **options)
 
     def made(used, out):
-        requests = [ImageRequest(prompt=prompt) for prompt in PROMPTS]
+        requests = [VisualRequest(prompt=prompt) for prompt in PROMPTS]
         return run_videos(
             VideoRun(load=lambda: used, requests=requests, out=out, num=1, settings=settings,
                      timeline=False, report=lambda line: None)
@@ -191,6 +193,8 @@ def test_a_folder_is_not_continued_with_other_settings_or_prompts(command, tmp_p
     before = {path: path.read_bytes() for path in out.iterdir()}
     line = reason(*command, "a cat", "--out", out, "--steps", 3)
     assert "made with other settings: num_inference_steps None (asked for: 3)" in line
+    line = reason(*command, "a cat", "--out", out, "--attention", "dense")
+    assert "other settings: attention None (asked for: 'dense')" in line
     line = reason(*command, "a dog", "--out", out, "--seed", 1)
     assert "made with prompt 'a cat' (asked for: 'a dog'), seed 0 (asked for: 1)" in line
     (out / "videos.jsonl").unlink()
@@ -224,6 +228,9 @@ def test_bad_requests_are_refused_before_any_video(command, tmp_path):
     assert "for num_frames=9 makes 3 latent frames" in line
     assert "--block-sizes must be counts" in reason(*command, "a", "--block-sizes", "1,x")
     assert "stitch must be k" in reason(*command, "a", "--stitch", "9", "--out", out)
+    assert "attention must be None or 'flex'" in reason(
+        *command, "a", "--attention", "x", "--out", out
+    )
     assert "unknown router 'magic'" in reason(*command, "a", "--router", "magic", "--out", out)
     assert "unknown model 'clip'; known: self, bundled:clips" in reason(
         *command, "a", "--drafter", "clip", "--out", out

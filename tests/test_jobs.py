@@ -4,7 +4,7 @@ import re
 import pytest
 
 from mmspec.jobs import read_items
-from mmspec.jobs.image import read_requests
+from mmspec.jobs.requests import read_requests
 from mmspec.jobs.text import answered_ids
 
 SETTINGS = {"model": "m", "seed": 0}

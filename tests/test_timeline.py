@@ -46,6 +46,23 @@ def test_long_videos_go_on_below_and_large_pictures_are_reduced():
     assert all(has(drawn, (k, 3, 200)) for k in range(30))
 
 
+@pytest.mark.parametrize(
+    ("title", "same", "other"),
+    [
+        ("a “cat”\n…", "a “cat” …", r"a \u201ccat\u201d \u2026"),
+        ("für 猫 \N{GRINNING FACE}", r"f\xfcr \u732b \U0001f600", r"f\xfcr \u72ac \U0001f600"),
+        ("a\N{ZERO WIDTH SPACE}b", r"a\u200bb", "ab"),
+    ],
+)
+def test_what_the_font_lacks_is_escaped_and_nothing_else(title, same, other):
+    drawn = [
+        timeline([record(0)], [[plain(1, (400, 96))]], title=one).tobytes()
+        for one in (title, same, other)
+    ]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+
+
 def test_some_pictures_of_a_block():
     assert spread(range(9), 3) == [0, 4, 8]
     assert spread(range(9), 1) == [4]

@@ -7,6 +7,7 @@ forward depends on nothing but the committed latents and the prompt: it may come
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mmspec.adapters.block_frames import Codec
 from mmspec.adapters.block_video import BlockModel, Context
+from mmspec.adapters.dense_attention import DenseAttention
 from mmspec.adapters.video_family import VideoLayout, sized
 from mmspec.adapters.wan_codec import WanCodec
 from mmspec.checks import is_integer, is_list, require
@@ -29,7 +31,12 @@ class FarModel:
     """
 
     def __init__(
-        self, transformer: Any, scheduler: Any, layout: VideoLayout, guidance_scale: float
+        self,
+        transformer: Any,
+        scheduler: Any,
+        layout: VideoLayout,
+        guidance_scale: float,
+        attention: str | None = None,
     ) -> None:
         """Runs nothing, and holds no memory before the first block.
 
@@ -38,8 +45,12 @@ class FarModel:
             scheduler: The pipeline's; a copy is used.
             layout: Of the video.
             guidance_scale: Of classifier-free guidance; at most 1 is none.
+            attention: "dense" while this model runs, or else as the transformer has it.
         """
         self._transformer = transformer
+        self._attention: AbstractContextManager[Any] = nullcontext()
+        if attention == "dense":
+            self._attention = DenseAttention(transformer)
         self._scheduler = type(scheduler).from_config(scheduler.config)
         self._layout = layout
         self._guidance_scale = guidance_scale
@@ -75,19 +86,20 @@ class FarModel:
             time: In the units of the scheduler's timesteps, a scalar.
             end: At most ``time``; equal to it asks for the velocity at that time.
         """
-        self._prepare(context, len(state_BFCHW))
         index, num_frames = len(context.blocks), state_BFCHW.shape[1]
         copies_BFCHW = self._copied(state_BFCHW)
-        velocity, _ = self._transformer(
-            hidden_states=copies_BFCHW,
-            timestep=time.expand(len(copies_BFCHW), num_frames),
-            r_timestep=end.expand(len(copies_BFCHW), num_frames),
-            encoder_hidden_states=self._embeds(context),
-            chunk_partition=list(self._layout.block_sizes[: index + 1]),
-            kv_cache=self._cache,
-            kv_cache_flag={"num_cached_chunks": index, "is_cache_step": False},
-            return_dict=False,
-        )
+        with self._attention:
+            self._prepare(context, len(state_BFCHW))
+            velocity, _ = self._transformer(
+                hidden_states=copies_BFCHW,
+                timestep=time.expand(len(copies_BFCHW), num_frames),
+                r_timestep=end.expand(len(copies_BFCHW), num_frames),
+                encoder_hidden_states=self._embeds(context),
+                chunk_partition=list(self._layout.block_sizes[: index + 1]),
+                kv_cache=self._cache,
+                kv_cache_flag={"num_cached_chunks": index, "is_cache_step": False},
+                return_dict=False,
+            )
         if self._num_copies == 2:
             negative, velocity = velocity.chunk(2)
             velocity = negative + self._guidance_scale * (velocity - negative)
@@ -172,6 +184,7 @@ class FarFamily:
     """`diffusers.AnyFlowFARPipeline` as a family of block-wise video models."""
 
     can_stitch = True
+    attentions: tuple[str, ...] = ("flex", "dense")
 
     def __init__(self, pipe: Any) -> None:
         """Keeps the pipeline."""
@@ -217,9 +230,12 @@ class FarFamily:
             latents,
         )
 
-    def model(self, layout: VideoLayout, guidance_scale: float) -> BlockModel:
+    def model(
+        self, layout: VideoLayout, guidance_scale: float, attention: str | None = None
+    ) -> BlockModel:
         """The transformer on a cache of its own."""
-        return FarModel(self.pipe.transformer, self.pipe.scheduler, layout, guidance_scale)
+        transformer, scheduler = self.pipe.transformer, self.pipe.scheduler
+        return FarModel(transformer, scheduler, layout, guidance_scale, attention)
 
     def codec(self) -> Codec:
         """The VAE, whose causal convolutions remember the blocks before."""

@@ -52,10 +52,12 @@ class VideoFamily(Protocol):
     Attributes:
         pipe: The pipeline.
         can_stitch: Whether another model may take over in the middle of a block.
+        attentions: Ways to compute attention, by name; empty where there is but one.
     """
 
     pipe: Any
     can_stitch: bool
+    attentions: tuple[str, ...]
 
     def layout(
         self, num_frames: int, height: int, width: int, block_sizes: Sequence[int] | None
@@ -71,8 +73,17 @@ class VideoFamily(Protocol):
     ) -> Tensor:
         """Noise of whole videos ``[B, C, F, H, W]``, the numbers that the pipeline draws."""
 
-    def model(self, layout: VideoLayout, guidance_scale: float) -> BlockModel:
-        """The transformer, ready for videos of one layout."""
+    def model(
+        self, layout: VideoLayout, guidance_scale: float, attention: str | None = None
+    ) -> BlockModel:
+        """The transformer, ready for videos of one layout.
+
+        Args:
+            layout: Of the videos.
+            guidance_scale: Of classifier-free guidance; at most 1 is none.
+            attention: One of `attentions`, while this model runs; None is as the transformer has
+                it.
+        """
 
     def codec(self) -> Codec:
         """What decodes the blocks."""

@@ -142,6 +142,7 @@ class HeliosFamily:
     """`diffusers.HeliosPipeline` as a family of block-wise video models."""
 
     can_stitch = False
+    attentions: tuple[str, ...] = ()
 
     def __init__(self, pipe: Any) -> None:
         """Keeps the pipeline."""
@@ -198,7 +199,9 @@ class HeliosFamily:
         ]
         return torch.cat(blocks, dim=2)
 
-    def model(self, layout: VideoLayout, guidance_scale: float) -> BlockModel:
+    def model(
+        self, layout: VideoLayout, guidance_scale: float, attention: str | None = None
+    ) -> BlockModel:
         """The transformer."""
         return HeliosModel(self.pipe.transformer, self.pipe.scheduler, layout, guidance_scale)
 

@@ -241,6 +241,7 @@ class PooledFamily:
         """Keeps the three."""
         self.pipe = family.pipe
         self.can_stitch = family.can_stitch
+        self.attentions = family.attentions
         self.layout = family.layout
         self.noise = family.noise
         self.codecs: list[PooledCodec] = []
@@ -248,10 +249,12 @@ class PooledFamily:
         self._family = family
         self._name = name
 
-    def model(self, layout: VideoLayout, guidance_scale: float) -> BlockModel:
+    def model(
+        self, layout: VideoLayout, guidance_scale: float, attention: str | None = None
+    ) -> BlockModel:
         """The transformer, shared with the other videos."""
-        name = (self._name, layout, guidance_scale)
-        return PooledModel(self._pool, name, lambda: self._family.model(layout, guidance_scale))
+        what = (layout, guidance_scale, attention)
+        return PooledModel(self._pool, (self._name, *what), lambda: self._family.model(*what))
 
     def codec(self) -> Codec:
         """The VAE, shared likewise."""

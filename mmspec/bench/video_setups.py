@@ -11,10 +11,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mmspec.adapters.dense_attention import DenseAttention
 from mmspec.assets import bundled_names, bundled_path
 from mmspec.bench.measure import synchronize
 from mmspec.bench.tasks import Unavailable
-from mmspec.bench.video_attention import use_dense_attention
 from mmspec.block_records import BlockRouter, BlockView
 from mmspec.checks import require, require_known
 from mmspec.pipelines.video import SpeculativeVideoPipeline
@@ -77,8 +77,8 @@ class Pair:
         return self.options.get("drafter_steps", self.options["num_inference_steps"])
 
 
-#: Of a pair's defaults, what is no option of a call, and the router, for routers are compared.
-_NO_OPTIONS = ("fps", "router")
+#: Of a pair's defaults, what is no option of a call, and what the benchmark sets itself.
+_NO_OPTIONS = ("fps", "router", "attention")
 
 
 #: Who drafts: the model in the folder NAME-drafter, or the target itself in fewer steps.
@@ -112,10 +112,8 @@ def load_pair(
     pipe.to(device)
     if attention == "dense":
         for one in {id(one): one for one in (pipe.target, pipe.drafter)}.values():
-            use_dense_attention(one.transformer)
-    options = json.loads((folder / "defaults.json").read_text(encoding="utf-8"))
-    for name_of_other in _NO_OPTIONS:
-        options.pop(name_of_other, None)
+            DenseAttention(one.transformer).install()
+    options = {key: value for key, value in pipe.defaults.items() if key not in _NO_OPTIONS}
     options |= {key: value for key, value in steps.items() if value is not None}
     lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]

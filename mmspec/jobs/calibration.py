@@ -12,9 +12,9 @@ from typing import Any
 
 from mmspec.checks import is_number, require
 from mmspec.jobs import Report, check_writable, generators, lines_of
-from mmspec.jobs.image import ImageRequest
 from mmspec.jobs.journal import Journal
-from mmspec.jobs.video import block_fields, check_requests, request_fields, request_options
+from mmspec.jobs.requests import VisualRequest
+from mmspec.jobs.video import block_fields, check_requests
 from mmspec.routers import recording_router
 from mmspec.routers.calibration import Calibration, calibrate
 from mmspec.whole_file import whole_file
@@ -71,7 +71,7 @@ class CalibrationRun:
     """
 
     load: Callable[[], Any]
-    requests: Sequence[ImageRequest]
+    requests: Sequence[VisualRequest]
     num: int
     router: str
     settings: Mapping[str, Any]
@@ -244,7 +244,7 @@ def histogram(found: Calibration) -> list[str]:
     return lines + ([f"{num_unjudged} could not be judged"] if num_unjudged else [])
 
 
-def _request_of(run: CalibrationRun, name: str) -> tuple[ImageRequest, int]:
+def _request_of(run: CalibrationRun, name: str) -> tuple[VisualRequest, int]:
     """The request of a video, and its seed."""
     if name == TARGET:
         return run.requests[0], run.requests[0].seed
@@ -262,7 +262,7 @@ def _is_made(run: CalibrationRun, name: str, journal: Journal) -> bool:
     if record is None:
         return False
     request, seed = _request_of(run, name)
-    for field, wanted in (request_fields(request) | {"seed": seed}).items():
+    for field, wanted in (request.fields() | {"seed": seed}).items():
         rule = f"made with {wanted!r}, or in another place (--out)"
         got = record.get(field)
         require(got == wanted, f"{field} of {name} in {run.scores_path}", rule, got)
@@ -279,7 +279,7 @@ def _record(run: CalibrationRun, missing: Sequence[str], journal: Journal) -> No
         request, seed = _request_of(run, name)
         stream = pipe.stream(
             request.prompt,
-            **{**options, **request_options(request)},
+            **{**options, **request.options()},
             router="never" if name == TARGET else router,
             generator=generators([seed]),
             output_type="pt",
@@ -288,7 +288,7 @@ def _record(run: CalibrationRun, missing: Sequence[str], journal: Journal) -> No
             pass
         record = {
             "file": name,
-            **request_fields(request),
+            **request.fields(),
             "seed": seed,
             "score_name": score_name,
             "seconds": stream.stats.wall_time_s,

@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from mmspec.checks import is_integer, require, require_known
-from mmspec.jobs import Report, check_writable, generators, lines_of
+from mmspec.checks import require, require_known
+from mmspec.jobs import Report, check_writable, generators
+from mmspec.jobs.requests import VisualRequest
 from mmspec.pictures import (
     contact_sheet,
     read_png_metadata,
@@ -26,69 +27,12 @@ from mmspec.pictures import (
 from mmspec.pipelines.image import ImageOutput
 from mmspec.pipelines.image_decoders import DECODERS, refills
 from mmspec.records import Stats
+from mmspec.whole_file import remove_partial
 
 PACKAGES = ("mmspec", "torch", "transformers")
 #: Chunks that may differ where a folder is continued: another version, and what follows from
 #: the decoder.
 NOT_COMPARED = {"guarantee", *PACKAGES}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRequest:
-    """One request, which may have several images.
-
-    Attributes:
-        prompt: What to draw.
-        negative_prompt: What guidance steers away from, or None.
-        height: Pixels, or None for the model's own.
-        width: Pixels, likewise.
-        seed: Seed of image 0; image k has ``seed + k``.
-        where: File and line, for messages; empty where there is none.
-    """
-
-    prompt: str
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    where: str = ""
-
-    @property
-    def size(self) -> tuple[int | None, int | None]:
-        """Height and width."""
-        return self.height, self.width
-
-
-#: Field of a line -> the rule in words, and whether a value keeps it.
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "prompt": ("a non-empty string", lambda v: isinstance(v, str) and v.strip() != ""),
-    "negative_prompt": ("null or a string", lambda v: v is None or isinstance(v, str)),
-    "height": ("null or an integer >= 1", lambda v: v is None or (is_integer(v) and v >= 1)),
-    "width": ("null or an integer >= 1", lambda v: v is None or (is_integer(v) and v >= 1)),
-    "seed": ("an integer", is_integer),
-}
-
-
-def read_requests(path: str | Path, shared: Mapping[str, Any]) -> list[ImageRequest]:
-    """The requests of a file.
-
-    Args:
-        path: A ``.jsonl`` file of objects with ``prompt`` and optionally other fields of
-            `ImageRequest`; any other file has one prompt per line.
-        shared: Fields for lines that do not have them.
-
-    Raises:
-        ValueError: If a line cannot be used; the message names the file and the line.
-    """
-    requests = []
-    for _, where, given in lines_of(path):
-        for name, value in given.items():
-            require_known(f"{where}: field", name, _RULES)
-            rule, is_good = _RULES[name]
-            require(is_good(value), f"{where}: {name!r}", rule, value)
-        require("prompt" in given, where, "an object with a 'prompt'", given)
-        requests.append(ImageRequest(**{**shared, **given, "where": where}))
-    return requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,15 +128,13 @@ class _Picture:
     """One image of a request."""
 
     path: Path
-    request: ImageRequest
+    request: VisualRequest
     seed: int
 
     def chunks(self, settings: ImageSettings) -> dict[str, str]:
         """The text chunks by which an image is known again."""
-        own = asdict(self.request) | {"seed": self.seed}
-        del own["where"]
-        shown = {name: str(value) for name, value in own.items() if value is not None}
-        shown |= {name: str(value) for name, value in asdict(settings).items()}
+        own = self.request.fields() | {"seed": self.seed} | asdict(settings)
+        shown = {name: str(value) for name, value in own.items()}
         return shown | ({"window": "auto"} if settings.window is None else {})
 
     def chunks_to_save(self, settings: ImageSettings, stats: Stats) -> dict[str, str]:
@@ -264,7 +206,7 @@ class ImageRun:
     """
 
     load: Callable[[], Any]
-    requests: Sequence[ImageRequest]
+    requests: Sequence[VisualRequest]
     out: Path
     num: int
     settings: ImageSettings
@@ -299,6 +241,9 @@ def run_image_files(run: ImageRun) -> ImageSummary:
     missing = [picture for picture in pictures if not _is_made(picture, settings, steps_map)]
     summary = ImageSummary(out=out, num_skipped=len(pictures) - len(missing))
     pipe = _checked(run.load, missing)
+    for picture in missing:
+        for path in (picture.path, steps_path(picture.path)):
+            remove_partial(path)
 
     def save(picture: _Picture, output: ImageOutput) -> None:
         chunks = picture.chunks_to_save(settings, output.stats)
@@ -309,8 +254,8 @@ def run_image_files(run: ImageRun) -> ImageSummary:
         summary.num_images += 1
         run.report(f"{summary.num_images}/{len(missing)} {picture.path.name}")
 
-    for pictures in _calls(missing, run):
-        summary.batches.append(_draw(pipe, pictures, run, save))
+    for called in _calls(missing, run):
+        summary.batches.append(_draw(pipe, called, run, save))
     return summary
 
 
@@ -395,15 +340,8 @@ def _checked(load: Callable[[], Any], pictures: Sequence[_Picture]) -> Any:
         return None
     pipe = load()
     for request in dict.fromkeys(picture.request for picture in pictures):
-        try:
-            pipe.check_request(
-                request.prompt,
-                negative_prompt=request.negative_prompt,
-                height=request.height,
-                width=request.width,
-            )
-        except ValueError as error:
-            raise ValueError(f"{request.where}: {error}" if request.where else error) from error
+        with request.named_in_errors():
+            pipe.check_request(request.prompt, **request.options())
     return pipe
 
 

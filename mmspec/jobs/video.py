@@ -17,8 +17,8 @@ from PIL import Image
 from mmspec.block_records import BlockRecord
 from mmspec.checks import require
 from mmspec.jobs import Report, check_writable, generators
-from mmspec.jobs.image import ImageRequest
 from mmspec.jobs.journal import Journal, Key
+from mmspec.jobs.requests import VisualRequest
 from mmspec.pictures import save_png
 from mmspec.timeline import spread, timeline
 from mmspec.video_files import (
@@ -138,7 +138,7 @@ class VideoRun:
     """
 
     load: Callable[[], Any]
-    requests: Sequence[ImageRequest]
+    requests: Sequence[VisualRequest]
     out: Path
     num: int
     settings: VideoSettings
@@ -151,7 +151,7 @@ class _Video:
     """One video of a request."""
 
     path: Path
-    request: ImageRequest
+    request: VisualRequest
     seed: int
 
     @property
@@ -164,7 +164,7 @@ class _Video:
 
     def identity(self) -> dict[str, Any]:
         """By what a video is known again, besides the settings."""
-        return request_fields(self.request) | {"seed": self.seed}
+        return self.request.fields() | {"seed": self.seed}
 
 
 def run_videos(run: VideoRun) -> VideoSummary:
@@ -210,22 +210,8 @@ def run_videos(run: VideoRun) -> VideoSummary:
     return summary
 
 
-def request_fields(request: ImageRequest) -> dict[str, Any]:
-    """What a request asks for, where it says something, without its place in a file."""
-    own = asdict(request)
-    del own["where"]
-    return {name: value for name, value in own.items() if value is not None}
-
-
-def request_options(request: ImageRequest) -> dict[str, Any]:
-    """The options of a call that a request sets."""
-    names = ("negative_prompt", "height", "width")
-    given = {name: getattr(request, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def check_requests(
-    pipe: Any, requests: Sequence[ImageRequest], options: Mapping[str, Any]
+    pipe: Any, requests: Sequence[VisualRequest], options: Mapping[str, Any]
 ) -> list[tuple[int, int, int]]:
     """Refuses requests that a pipeline cannot meet.
 
@@ -237,11 +223,8 @@ def check_requests(
     """
     sizes = []
     for request in requests:
-        try:
-            more = request_options(request)
-            sizes.append(pipe.check_request(request.prompt, **{**options, **more}))
-        except ValueError as error:
-            raise ValueError(f"{request.where}: {error}" if request.where else error) from error
+        with request.named_in_errors():
+            sizes.append(pipe.check_request(request.prompt, **{**options, **request.options()}))
     return sizes
 
 
@@ -306,7 +289,7 @@ def _make(pipe: Any, video: _Video, run: VideoRun) -> dict[str, Any]:
     settings, shown = run.settings, []
     stream = pipe.stream(
         video.request.prompt,
-        **{**settings.options, **request_options(video.request)},
+        **{**settings.options, **video.request.options()},
         generator=generators([video.seed]),
         output_type="pt",
     )
@@ -336,7 +319,8 @@ def _make(pipe: Any, video: _Video, run: VideoRun) -> dict[str, Any]:
 
 def _clear(video: _Video) -> None:
     """Makes room: what a kill left half-done, and a folder that was made without its line."""
-    remove_partial(video.path)
+    for path in (video.path, video.timeline_path):
+        remove_partial(path)
     if video.path.is_dir():
         shutil.rmtree(video.path)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import typer
 from PIL import Image
-from video import BLOCKS, NUM_FRAMES, SIDE, embeds, far_pipe, seeded, with_text
+from video import BLOCKS, NUM_FRAMES, SIDE, far_pipe, seeded, with_text
 
+from mmspec.adapters.dense_attention import DenseAttention
 from mmspec.bench import video, video_runs
 from mmspec.bench.measure import Budget, check_final_line
 from mmspec.bench.report import Output
-from mmspec.bench.video_attention import use_dense_attention
 from mmspec.bench.video_pool import Pool, PooledVideoPipeline
 from mmspec.bench.video_setups import Pair, Setup, default_setups, load_pair
 from mmspec.bench.video_statistics import Paired, interpolated
@@ -37,7 +37,7 @@ def brightness(frames, prompts):
 def pair():
     target, drafter = with_text(far_pipe(1)), far_pipe(2)
     for one in (target, drafter):
-        use_dense_attention(one.transformer)
+        DenseAttention(one.transformer).install()
     return Pair(
         name="tiny", target=target, drafter=drafter, options=OPTIONS, prompts=PROMPTS,
         num_judged=4, quality=brightness,
@@ -157,16 +157,6 @@ def test_what_one_video_raises_ends_all(pair):
     options = OPTIONS | {"generator": seeded()}
     with pytest.raises(ArithmeticError, match="no"):
         pool.run([lambda: pipe(PROMPTS[0], **options), fails])
-
-
-def test_dense_attention_is_flex_attention():
-    call = {"generator": None, "output_type": "latent", "chunk_partition": list(BLOCKS)}
-    call |= {"num_frames": NUM_FRAMES, "height": SIDE, "width": SIDE, "num_inference_steps": 2}
-    pipe = far_pipe(1, num_layers=2, attention_head_dim=24, full_chunk_limit=2)
-    flex = pipe(prompt_embeds=embeds(), **call | {"generator": seeded()}).frames
-    use_dense_attention(pipe.transformer)
-    dense = pipe(prompt_embeds=embeds(), **call | {"generator": seeded()}).frames
-    torch.testing.assert_close(dense, flex, atol=1e-5, rtol=0)
 
 
 # --------------------------------------------------------------------------- statistics

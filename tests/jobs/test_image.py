@@ -3,7 +3,8 @@
 import pytest
 from saved import save_janus
 
-from mmspec.jobs.image import ImageRequest, ImageRun, ImageSettings, run_image_files
+from mmspec.jobs.image import ImageRun, ImageSettings, run_image_files
+from mmspec.jobs.requests import VisualRequest
 from mmspec.pipelines import SpeculativeImagePipeline
 
 PROMPTS = ["a pixel avatar", "blue", "a pixel avatar with red hair and glasses", "red", "the hair"]
@@ -22,7 +23,7 @@ def run(pipe, out, *, batch_size, report=lambda line: None, decoder="exact"):
         dtype="float32",
     )  # fmt: skip
     run = ImageRun(
-        load=lambda: pipe, requests=[ImageRequest(prompt=prompt) for prompt in PROMPTS], out=out,
+        load=lambda: pipe, requests=[VisualRequest(prompt=prompt) for prompt in PROMPTS], out=out,
         num=1, settings=settings, batch_size=batch_size, steps_map=True, report=report,
     )  # fmt: skip
     return run_image_files(run)

@@ -47,6 +47,36 @@ def test_a_call_takes_what_the_folder_says_and_arguments_win(pair):
     assert torch.equal(exact.frames, plain.frames)
 
 
+def test_a_drafter_says_how_it_drafts_and_no_more(pair, tmp_path):
+    drafter = tmp_path / "drafter"
+    shutil.copytree(pair[1], drafter)
+    said = {"drafter_steps": 2, "drafter_guidance_scale": 1.0, "router": "always", "height": 64}
+    (drafter / "defaults.json").write_text(json.dumps(said))
+    pipe = loaded(pair[0], drafter=drafter)
+    assert pipe.defaults == DEFAULTS | said | {"height": DEFAULTS["height"]}
+    out = pipe("a cat", generator=seeded(), output_type="pt")
+    assert (out.stats.num_target_forwards, out.stats.num_drafter_forwards) == (0, 4)
+    (drafter / "defaults.json").write_text('{"steps": 2}')
+    with pytest.raises(ValueError, match=r"unknown option of .*defaults\.json 'steps'"):
+        loaded(pair[0], drafter=drafter)
+
+
+def test_a_folder_may_name_its_attention(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "target")
+    (tmp_path / "target" / "defaults.json").write_text(
+        json.dumps(DEFAULTS | {"attention": "dense", "router": "never"})
+    )
+
+    def frames(pipe, **options):
+        return pipe("a cat", generator=seeded(), output_type="pt", **options).frames
+
+    pipe = loaded(tmp_path / "target")
+    dense, flex = frames(pipe), frames(pipe, attention="flex")
+    assert torch.equal(dense, frames(pipe, attention="dense"))
+    assert torch.equal(flex, frames(loaded(pair[0]), router="never"))
+    torch.testing.assert_close(dense, flex, atol=1e-5, rtol=0)
+
+
 def test_a_bundled_target_brings_its_drafter(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(mmspec.assets, "_ROOT", tmp_path)
     with pytest.raises(ValueError, match="nothing bundled is called 'tiny'; known: "):

@@ -15,7 +15,6 @@ from torch import Tensor
 from mmspec.assets.clips.scoring import score_clips
 from mmspec.pipelines import SpeculativeVideoPipeline
 
-from .export import DEFAULTS
 from .make_latents import load_vae
 from .simulator import Simulator, split_scenes
 from .train_vae import as_video
@@ -42,8 +41,6 @@ def drawn(work_dir: Path, scenes: list[Any]) -> dict[str, Any]:
 
 def generated(pipe: SpeculativeVideoPipeline, prompts: list[str], **options: Any) -> dict[str, Any]:
     """Scores of generated clips; clip k has seed k."""
-    options = DEFAULTS | options
-    options.pop("fps")
     seeds = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
     out = pipe(prompts, generator=seeds, output_type="pt", **options)
     return averages(torch.as_tensor(out.frames), prompts)
@@ -65,10 +62,11 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     for size, router, choices in (
         ("target", "never", (2, 3, 4, 8, 16)),
-        ("drafter", "always", (1, 2, 4)),
+        ("drafter behind a block of the target", "first-block", (1, 2)),
+        ("drafter", "always", (1, 2)),
     ):
         for num_steps in choices:
-            steps = {"num_inference_steps": num_steps, "drafter_steps": num_steps}
+            steps = {"drafter_steps" if "drafter" in size else "num_inference_steps": num_steps}
             found[f"{size}, {num_steps} steps"] = generated(pipe, prompts, router=router, **steps)
             print(json.dumps(found, indent=1), flush=True)
     (args.work_dir / "evaluation.json").write_text(json.dumps(found, indent=1))

@@ -21,7 +21,7 @@ BLOCKS = (1,) * NUM_BLOCKS
 TOKENS_PER_FRAME = 16
 TEXT_DIM, TEXT_TOKENS = 64, 12
 #: Layers, heads and channels per head.
-SIZES = {"target": (4, 4, 30), "drafter": (2, 4, 18)}
+SIZES = {"target": (4, 4, 30), "drafter": (2, 4, 30)}
 
 
 def make_transformer(size: str) -> AnyFlowFARTransformer3DModel:

@@ -2,11 +2,12 @@
 
 diffusers runs AnyFlow-FAR with flex attention. Where that is not compiled, each call is traced
 anew, which takes some 30 ms on a core whatever the size of the model. Here the same is computed
-with ``scaled_dot_product_attention``; results agree to rounding.
+with ``scaled_dot_product_attention``; results agree to rounding. Masks are whole tensors, a byte
+for each pair of tokens that are read together.
 """
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.models.transformers.transformer_anyflow_far import apply_rotary_emb
@@ -18,7 +19,7 @@ from torch.nn.attention.flex_attention import create_mask
 PADDING = 128
 
 
-class DenseAttention:
+class DenseProcessor:
     """Stands in for diffusers' ``AnyFlowCausalAttnProcessor``, with a mask that is a tensor."""
 
     _attention_backend = None
@@ -59,24 +60,52 @@ class DenseAttention:
         return result
 
 
-def use_dense_attention(transformer: Any) -> None:
-    """Gives an ``AnyFlowFARTransformer3DModel`` this attention, for every caller."""
-    for block in transformer.blocks:
-        block.attn1.set_processor(DenseAttention())
-    build = transformer.build_attention_mask
-    masks: dict[str, Tensor] = {}
+class DenseAttention:
+    """Dense attention of a transformer: between `install` and `remove`, or in a ``with``."""
 
-    def build_dense(**arguments: Any) -> Tensor:
+    def __init__(self, transformer: Any) -> None:
+        """Changes nothing yet.
+
+        Args:
+            transformer: An ``AnyFlowFARTransformer3DModel``.
+        """
+        self._transformer = transformer
+        self._build = transformer.build_attention_mask
+        self._own: list[Any] = []
+        self._masks: dict[str, Tensor] = {}
+
+    def install(self) -> None:
+        """Gives the transformer this attention, for every caller."""
+        self._own = [block.attn1.processor for block in self._transformer.blocks]
+        for block in self._transformer.blocks:
+            block.attn1.set_processor(DenseProcessor())
+        self._transformer.build_attention_mask = self._mask
+
+    def remove(self) -> None:
+        """Gives it back what it had."""
+        for block, own in zip(self._transformer.blocks, self._own, strict=True):
+            block.attn1.set_processor(own)
+        del self._transformer.build_attention_mask  # the class has its own
+
+    def __enter__(self) -> Self:
+        """Installs it."""
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Removes it."""
+        self.remove()
+
+    def _mask(self, **arguments: Any) -> Tensor:
+        """The mask of blocks that diffusers builds, as a tensor."""
         key = repr(sorted(arguments.items()))
-        if key not in masks:
-            block_mask = build(**arguments)
+        if key not in self._masks:
+            block_mask = self._build(**arguments)
             num_queries, num_keys = block_mask.seq_lengths
-            masks[key] = create_mask(
+            self._masks[key] = create_mask(
                 block_mask.mask_mod, None, None, num_queries, num_keys, device=arguments["device"]
             )
-        return masks[key]
-
-    transformer.build_attention_mask = build_dense
+        return self._masks[key]
 
 
 def _cached(
