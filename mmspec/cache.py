@@ -289,6 +289,20 @@ class SlotCache(Cache):
                 states = new.flatten(0, 1).index_select(0, flat_from)
                 held.flatten(0, 1).index_copy_(0, flat_to, states.to(held.device))
 
+    def copy_rows(self, source: "SlotCache", from_: Sequence[int], to: Sequence[int]) -> None:
+        """Copies all that some rows of another cache for the same layers hold.
+
+        Args:
+            source: The other cache, of no larger capacity.
+            from_: Its rows.
+            to: Rows of this cache.
+        """
+        place = {row: place for place, row in enumerate(self.cursor.order)}
+        for own, layer in zip(self._filled(), source._filled(), strict=True):
+            for held, new in zip(own.buffers, layer.buffers, strict=True):
+                for row, other in zip(to, from_, strict=True):
+                    held[place[row], : source.capacity].copy_(new[other, : source.capacity])
+
     def _flat(self, slots_BN: Tensor) -> Tensor:
         """As `_Cursor.flat`, for slots in the order of the batch."""
         place = {row: place for place, row in enumerate(self.cursor.order)}

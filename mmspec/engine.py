@@ -13,7 +13,7 @@ from typing import Generic
 import torch
 
 from mmspec.ledger import Ledger
-from mmspec.protocols import Drafter, ProposalT, Rule, Schedule, ScoresT, Target, VerdictT
+from mmspec.protocols import Drafter, ProposalT, Rule, Schedule, ScoresT, Seats, Target, VerdictT
 from mmspec.records import Generation, Outcome, StepRecord
 
 StepCallback = Callable[[StepRecord, Outcome], bool | None]
@@ -31,13 +31,27 @@ class Engine(Generic[ProposalT, ScoresT, VerdictT]):
         drafter: Drafter[ProposalT, ScoresT, VerdictT],
         rule: Rule[ProposalT, ScoresT, VerdictT],
         schedule: Schedule,
+        seats: Seats | None = None,
     ) -> None:
-        """Wires the parts; runs nothing."""
+        """Wires the parts; runs nothing.
+
+        Args:
+            target: The model whose output is wanted.
+            drafter: Guesses ahead.
+            rule: Decides what survives.
+            schedule: Says how much to draft.
+            seats: Gives rows that have ended to requests that wait; None where none does.
+        """
         self.target = target
         self.drafter = drafter
         self.rule = rule
         self.schedule = schedule
-        self.ledger = Ledger(drafter=drafter.name, guarantee=rule.guarantee)
+        self.seats = seats
+        self.ledger = Ledger(
+            drafter=drafter.name,
+            guarantee=rule.guarantee,
+            num_requests=seats.num_requests if seats is not None else 0,
+        )
         self._is_prefilled = False
 
     @torch.no_grad()
@@ -51,8 +65,18 @@ class Engine(Generic[ProposalT, ScoresT, VerdictT]):
         self.ledger.prefill_time_s += time.perf_counter() - started
 
     @torch.no_grad()
+    def admit(self) -> None:
+        """Gives rows that have ended to requests that wait; done by every step."""
+        if self.seats is None:
+            return
+        started = time.perf_counter()
+        self.ledger.later_reads += self.seats.fill()
+        self.ledger.prefill_time_s += time.perf_counter() - started
+
+    @torch.no_grad()
     def step(self) -> tuple[StepRecord, Outcome]:
         """One turn of the loop."""
+        self.admit()
         started = time.perf_counter()
         # 1) Plan: how much to draft, from what is known of earlier steps.
         plan = self.schedule.plan()

@@ -1,4 +1,10 @@
-"""Per-step accounting, and the figures made from it."""
+"""Per-step accounting, and the figures made from it.
+
+Steps are told by rows, everything else by requests: a row of a step belongs to the request that it
+continued then (`mmspec.records.Outcome`).
+"""
+
+from collections.abc import Sequence
 
 from mmspec.protocols import Drafted, Timed
 from mmspec.records import Generation, Guarantee, Outcome, Stats, StepRecord
@@ -9,17 +15,29 @@ class Ledger:
 
     Attributes:
         steps: The lines so far.
-        units: Units per row, the prompt excluded.
-        prefill_time_s: Seconds before the first step.
+        units: Units per request, the prompt excluded.
+        prefill_time_s: Seconds in which prompts were read.
         num_extra_forwards: Forwards of the target that the drafter asked for before the first step.
+        later_reads: Requests whose prompts were read between two steps, for each forward that did.
     """
 
-    def __init__(self, *, drafter: str, guarantee: Guarantee) -> None:
-        """Starts an empty ledger."""
+    def __init__(self, *, drafter: str, guarantee: Guarantee, num_requests: int = 0) -> None:
+        """Starts an empty ledger.
+
+        Args:
+            drafter: Name of the drafter.
+            guarantee: Of the rule.
+            num_requests: Requests in all; 0 where each row is one.
+        """
         self.steps: list[StepRecord] = []
         self.units: list[list[int]] = []
         self.prefill_time_s = 0.0
         self.num_extra_forwards = 0
+        self.later_reads: list[Sequence[int]] = []
+        self._num_requests = num_requests
+        self._phases_s = [0.0, 0.0, 0.0]
+        # Of each request the steps that it took part in, and its row there.
+        self._turns: list[list[tuple[StepRecord, int]]] = []
         self._drafter = drafter
         self._guarantee = guarantee
 
@@ -40,12 +58,15 @@ class Ledger:
             draft_time_s: Seconds in the drafter.
             wall_time_s: Seconds of the whole step.
         """
+        requests = outcome.requests or range(len(outcome.new_units))
         if not self.units:
-            self.units = [[] for _ in outcome.new_units]
-        for row, new in zip(self.units, outcome.new_units, strict=True):
-            row.extend(new)
-        for row, count in zip(self.units, outcome.num_retracted, strict=False):
-            del row[len(row) - count :]
+            num_requests = self._num_requests or len(requests)
+            self.units = [[] for _ in range(num_requests)]
+            self._turns = [[] for _ in range(num_requests)]
+        for request, new in zip(requests, outcome.new_units, strict=True):
+            self.units[request].extend(new)
+        for request, count in zip(requests, outcome.num_retracted, strict=False):
+            del self.units[request][len(self.units[request]) - count :]
         step = StepRecord(
             index=len(self.steps),
             width=proposal.width,
@@ -59,31 +80,49 @@ class Ledger:
             other_time_s=max(wall_time_s - draft_time_s - scores.forward_time_s, 0.0),
         )
         self.steps.append(step)
+        times = (step.draft_time_s, step.verify_time_s, step.other_time_s)
+        self._phases_s = [sum(pair) for pair in zip(self._phases_s, times, strict=True)]
+        for row, request in enumerate(requests):
+            if outcome.was_active[row]:
+                self._turns[request].append((step, row))
         return step
 
-    def generation(self, *, interrupted: bool = False) -> Generation:
-        """Everything so far as one record."""
-        num_rows = len(self.units)
+    def generation(
+        self, *, interrupted: bool = False, requests: Sequence[int] | None = None
+    ) -> Generation:
+        """Everything so far as one record.
+
+        Args:
+            interrupted: Whether it was stopped early.
+            requests: Of these requests only; None is all.
+        """
+        if requests is None:
+            requests = range(len(self.units))
         return Generation(
-            units=tuple(list(row) for row in self.units),
-            stats=self._stats(range(num_rows)),
-            row_stats=tuple(self._stats([row]) for row in range(num_rows)),
+            units=tuple(list(self.units[request]) for request in requests),
+            emitted=tuple(
+                [step.num_emitted[row] for step, row in self._turns[request]]
+                for request in requests
+            ),
+            stats=self._stats(requests),
+            row_stats=tuple(self._stats([request]) for request in requests),
             steps=tuple(self.steps),
             interrupted=interrupted,
         )
 
-    def _stats(self, rows: range | list[int]) -> Stats:
-        active = [(s, r) for s in self.steps for r in rows if s.was_active[r]]
+    def _stats(self, requests: Sequence[int]) -> Stats:
+        active = [turn for request in requests for turn in self._turns[request]]
         accepted = [s.num_accepted[r] for s, r in active]
         levels = [s.num_levels[r] for s, r in active]
-        num_units = sum(len(self.units[r]) for r in rows)
-        num_row_forwards = len(active) + self.num_extra_forwards * len(rows)
-        draft_s = sum(s.draft_time_s for s in self.steps)
-        verify_s = sum(s.verify_time_s for s in self.steps)
-        other_s = sum(s.other_time_s for s in self.steps)
+        num_units = sum(len(self.units[request]) for request in requests)
+        own = set(requests)
+        num_reads = [len(own.intersection(read)) for read in self.later_reads]
+        num_row_forwards = len(active) + self.num_extra_forwards * len(requests) + sum(num_reads)
+        num_forwards = len({s.index for s, _ in active}) + self.num_extra_forwards
+        draft_s, verify_s, other_s = self._phases_s
         return Stats(
             num_units=num_units,
-            num_target_forwards=len({s.index for s, _ in active}) + self.num_extra_forwards,
+            num_target_forwards=num_forwards + sum(count > 0 for count in num_reads),
             tau=num_units / num_row_forwards if active else 0.0,
             num_drafted=sum(s.num_drafted[r] for s, r in active),
             num_accepted=sum(accepted),

@@ -237,6 +237,11 @@ class NoiseWindow:
         position_BN = lengths_B[:, None] + torch.arange(offset, reach, device=lengths_B.device)
         return self._ring_BRV[self._row_B1, position_BN % self._size]
 
+    def restart(self, row: int, length: int) -> None:
+        """A row begins anew at this length; its key, in the tensor of keys, is another one."""
+        if self._made_until:
+            self._made_until[row] = length
+
     def _grow(self, size: int) -> None:
         self._size = size
         self._ring_BRV = self._ring_BRV.new_zeros(

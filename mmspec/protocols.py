@@ -1,10 +1,11 @@
-"""The five things that plug into the engine: what each must do, mutate and raise.
+"""The things that plug into the engine: what each must do, mutate and raise.
 
 Protocols, not base classes: nothing registers itself and nothing is tested with ``isinstance``.
 They are generic over the unit. For tokens the records are those of `mmspec.records`; a block-wise
 target passes records of its own through the same five calls.
 """
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from mmspec.records import Guarantee, Outcome, Plan, StepRecord
@@ -111,6 +112,27 @@ class Schedule(Protocol):
 
     def observe(self, record: StepRecord) -> None:
         """Learns from a finished step."""
+
+
+class Seats(Protocol):
+    """Requests that wait for a row, where there are more of them than rows.
+
+    A batch that was only decoded to its end would be fed ever fewer rows. Each request still gets
+    what it gets alone: a row depends on nothing but its own prompt and key.
+    """
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in all, those that have a row from the beginning among them."""
+
+    def fill(self) -> Sequence[Sequence[int]]:
+        """Gives rows that have ended to requests that wait; called between two steps.
+
+        Mutates the rows and the caches of target and drafter, of these rows only.
+
+        Returns:
+            The requests whose prompts were read, for each forward of the target that it took.
+        """
 
 
 class Router(Protocol[PlaceIn, BlockIn, JudgementOut]):

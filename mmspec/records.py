@@ -137,6 +137,8 @@ class Outcome:
         was_active: Whether each row took part in the step.
         num_retracted: Units of earlier steps that a row's stop check took back (a stop string may
             begin before the step that completes it); empty where there were none.
+        requests: Number of the request that each row continued; empty where row k has request k
+            from the beginning to the end.
     """
 
     new_units: tuple[list[int], ...]
@@ -144,6 +146,14 @@ class Outcome:
     done: tuple[bool, ...]
     was_active: tuple[bool, ...]
     num_retracted: tuple[int, ...] = ()
+    requests: tuple[int, ...] = ()
+
+    @property
+    def ended(self) -> list[int]:
+        """Requests that ended in this step."""
+        requests = self.requests or range(len(self.done))
+        rows = zip(requests, self.done, self.was_active, strict=True)
+        return [request for request, done, was_active in rows if done and was_active]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,8 +198,8 @@ class Stats:
         num_units: Units generated.
         num_target_forwards: Steps, which are the target's forwards with the prefill among them: it
             answers the first step, so plain decoding of N units takes N forwards. (A schedule of
-            your own that drafts in the first step pays one forward more, and so does a drafter
-            that asks the target which visual tokens matter.)
+            your own that drafts in the first step pays one forward more, and so do a drafter
+            that asks the target which visual tokens matter, and a request that waited for a row.)
         tau: Units per target forward and row, the bonus included.
         num_drafted: Units drafted.
         num_accepted: Drafted units that were accepted.
@@ -231,14 +241,17 @@ class Generation:
     """What the engine returns.
 
     Attributes:
-        units: Committed units of each row, the prompt excluded.
-        stats: Figures over all rows.
-        row_stats: Figures per row; times are those of the batch.
+        units: Committed units of each request, the prompt excluded. A request is a row, unless
+            rows that had ended were given to others.
+        emitted: How many of them each step brought that the request took part in.
+        stats: Figures over all requests.
+        row_stats: Figures per request; times are those of the batch.
         steps: The ledger's lines.
-        interrupted: True when it was stopped before every row had ended.
+        interrupted: True when it was stopped before every request had ended.
     """
 
     units: tuple[list[int], ...]
+    emitted: tuple[list[int], ...]
     stats: Stats
     row_stats: tuple[Stats, ...]
     steps: tuple[StepRecord, ...] = field(repr=False)

@@ -3,6 +3,9 @@
 Rows advance and end independently. Everything the device needs lives in preallocated tensors; the
 host keeps its own copy of the tokens, filled by the one read of a step, so that drafters that work
 on the host, streams and stop strings never ask the device again.
+
+There may be more prompts than rows. Those behind the first ones wait, and a row that has ended is
+given to the next of them (`TokenRows.admit`).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +33,9 @@ class TokenRows:
         host_tokens: The same tokens as lists, prompt included.
         host_done: The same flags.
         step: Steps committed so far.
+        prompts: All prompts, those that wait among them.
+        budgets: Budget of each prompt.
+        requests: Which prompt each row continues.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class TokenRows:
         stop_check: StopCheck | None = None,
         device: torch.device | str = "cpu",
         slack: int = 128,
+        num_rows: int | None = None,
     ) -> None:
         """Lays the prompts out.
 
@@ -50,10 +57,11 @@ class TokenRows:
             max_new_tokens: Budget of each row, at least one each.
             keys_B: Noise keys, one per row.
             eos_token_ids: Tokens that end a row (kept in its output).
-            stop_check: Called with (row, new tokens so far); returns how many of them to keep if
-                the row must end there, else None.
+            stop_check: Called with (prompt, new tokens so far), the prompt by its number; returns
+                how many of them to keep if the row must end there, else None.
             device: Where the target's embedding lives.
             slack: Spare columns, so that a draft may run past a row's limit.
+            num_rows: B, if there are more prompts than that; None is a row for each.
 
         Raises:
             ValueError: On an empty batch, an empty prompt, a budget below 1, or a mismatch.
@@ -70,20 +78,26 @@ class TokenRows:
                 raise ValueError(f"prompt {row} is empty; a row needs at least one token")
             if budget < 1:
                 raise ValueError(f"max_new_tokens must be >= 1, got {budget} for row {row}")
-        lengths = [len(prompt) for prompt in prompts]
-        limits = [n + budget for n, budget in zip(lengths, max_new_tokens, strict=True)]
+        self.prompts = [[int(token) for token in prompt] for prompt in prompts]
+        self.budgets = list(max_new_tokens)
+        self._all_keys = keys_B
+        limits = [len(p) + budget for p, budget in zip(prompts, max_new_tokens, strict=True)]
         self.capacity = max(limits) + slack
+        prompts = self.prompts[:num_rows]
+        limits, keys_B = limits[: len(prompts)], keys_B[: len(prompts)]
+        self.requests = list(range(len(prompts)))
+        lengths = [len(prompt) for prompt in prompts]
         host = torch.zeros(len(prompts), self.capacity, dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            host[row, : len(prompt)] = torch.as_tensor(list(prompt), dtype=torch.long)
+            host[row, : len(prompt)] = torch.tensor(prompt)
         self.tokens_BT = host.to(device)
         self.lengths_B = torch.tensor(lengths, device=device)
         self.limits_B = torch.tensor(limits, device=device)
         self.prompt_lengths_B = self.lengths_B.clone()
-        self.keys_B = keys_B.to(device)
+        self.keys_B = keys_B.to(device, copy=True)
         self.room_B = self.limits_B - self.lengths_B
         self.eos_E = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=device)
-        self.host_tokens = [[int(token) for token in prompt] for prompt in prompts]
+        self.host_tokens = [list(prompt) for prompt in prompts]
         self.host_limits = limits
         self.host_done = [False] * len(prompts)
         self.prompt_lengths = lengths
@@ -98,9 +112,20 @@ class TokenRows:
         return len(self.host_tokens)
 
     @property
+    def num_waiting(self) -> int:
+        """Prompts that no row has begun yet."""
+        return len(self.prompts) - 1 - max(self.requests)
+
+    @property
+    def vacant(self) -> list[int]:
+        """The rows that have ended, as many as prompts wait for one."""
+        ended = [row for row, done in enumerate(self.host_done) if done]
+        return ended[: self.num_waiting]
+
+    @property
     def is_done(self) -> bool:
-        """True once every row has ended."""
-        return all(self.host_done)
+        """True once every row has ended and no prompt waits."""
+        return all(self.host_done) and not self.num_waiting
 
     @property
     def active(self) -> list[int]:
@@ -165,6 +190,26 @@ class TokenRows:
             self.lengths_B, host_lengths, num_positions, offset, max(self.max_remaining, 1)
         )
 
+    def admit(self, row: int) -> None:
+        """Lets the next prompt that waits begin in a row that has ended."""
+        request = max(self.requests) + 1
+        prompt = self.prompts[request]
+        length, budget = len(prompt), self.budgets[request]
+        self.requests[row] = request
+        self.host_tokens[row] = list(prompt)
+        self.host_limits[row] = length + budget
+        self.host_done[row] = False
+        self.prompt_lengths[row] = length
+        self.tokens_BT[row, :length] = torch.tensor(prompt, device=self.tokens_BT.device)
+        # A new tensor, because `last_B` knows the old one.
+        self.lengths_B = self.lengths_B.clone()
+        self.lengths_B[row] = self.prompt_lengths_B[row] = length
+        self.limits_B[row] = length + budget
+        self.room_B[row] = budget
+        self.keys_B[row] = self._all_keys[request]
+        for window in self._noise.values():
+            window.restart(row, length)
+
     def new_tokens(self, row: int) -> list[int]:
         """The output of a row so far."""
         return self.host_tokens[row][self.prompt_lengths[row] :]
@@ -211,6 +256,7 @@ class TokenRows:
             done=tuple(self.host_done),
             was_active=was_active,
             num_retracted=tuple(num_retracted) if any(num_retracted) else (),
+            requests=tuple(self.requests) if len(self.prompts) > self.num_rows else (),
         )
 
     def _stop_here(self, row: int) -> int:
@@ -218,7 +264,7 @@ class TokenRows:
         if self._stop_check is None:
             return 0
         output = self.new_tokens(row)
-        keep = self._stop_check(row, output)
+        keep = self._stop_check(self.requests[row], output)
         if keep is None:
             return 0
         if not 0 <= keep <= len(output):

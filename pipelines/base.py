@@ -130,20 +130,22 @@ def token_mover(bar: tqdm) -> Callable[[StepRecord], None]:
     return move
 
 
-def check_callback(on_step_end: StepEnd | None) -> None:
-    """Refuses a callback that cannot be called with (pipeline, step index, details).
+def check_callback(
+    callback: Callable[[Any, int, Any], Any] | None,
+    name: str = "callback_on_step_end",
+    arguments: str = "pipeline, step_index, details",
+) -> None:
+    """Refuses a callback that cannot be called with three arguments.
 
     Raises:
         ValueError: If it takes other arguments.
     """
-    if on_step_end is None:
+    if callback is None:
         return
     try:
-        inspect.signature(on_step_end).bind(None, 0, {})
+        inspect.signature(callback).bind(None, 0, {})
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"callback_on_step_end must take (pipeline, step_index, details): {error}"
-        ) from error
+        raise ValueError(f"{name} must take ({arguments}): {error}") from error
 
 
 def as_list(prompt: str | Iterable[str]) -> list[str]:

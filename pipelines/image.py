@@ -18,6 +18,7 @@ from mmspec.assets import bundled_path
 from mmspec.checks import require, require_known
 from mmspec.denoiser import FILE_NAME, Denoiser
 from mmspec.law_config import LawConfig
+from mmspec.ledger import Ledger
 from mmspec.noise import row_keys
 from mmspec.pipelines.base import (
     SpeculativePipeline,
@@ -28,12 +29,19 @@ from mmspec.pipelines.base import (
     check_positive,
     check_window,
 )
-from mmspec.pipelines.image_decoders import DECODERS, DENOISE, check_lenience, image_engine
-from mmspec.records import Generation, Stats
+from mmspec.pipelines.image_decoders import (
+    DECODERS,
+    DENOISE,
+    check_batch_size,
+    check_lenience,
+    image_engine,
+)
+from mmspec.records import Generation, Outcome, Stats, StepRecord
 from mmspec.rows import TokenRows
 from mmspec.sampling import build_law
 
 ImageDecoder = Callable[[Tensor], Tensor]
+ImageEnd = Callable[[Any, int, "ImageOutput"], None]
 OUTPUT_TYPES = ("pil", "pt", "np", "tokens")
 
 
@@ -43,10 +51,11 @@ class ImageOutput:
 
     Attributes:
         images: By ``output_type``: PIL images, a float tensor ``[B, 3, H, W]`` or array
-            ``[B, H, W, 3]`` in [0, 1], or None for "tokens".
+            ``[B, H, W, 3]`` in [0, 1], or None for "tokens" and for a call that handed each image
+            to ``callback_on_image_end``.
         tokens: Image codes ``[B, rows * columns]``; -1 where an interrupted call had none yet.
-        step_maps: For each code the step in which it was committed, ``[B, rows, columns]``, -1
-            where none: the picture of how much was accepted at once.
+        step_maps: For each code the step of its image in which it was committed, ``[B, rows,
+            columns]``, -1 where none: the picture of how much was accepted at once.
         stats: Figures over the batch.
         row_stats: Figures per image.
         interrupted: True if the call was stopped early; ``images`` is None then.
@@ -164,6 +173,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         width: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decoder: str = "exact",
         window: int | None = None,
@@ -173,6 +183,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         top_p: float | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepEnd | None = None,
+        callback_on_image_end: ImageEnd | None = None,
         compile: bool = False,
     ) -> ImageOutput:
         """Makes images.
@@ -189,6 +200,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             guidance_scale: Classifier-free guidance; 1 switches it off. None is 3, or 1 for models
                 that have none.
             num_images_per_prompt: Images of each prompt, next to each other in the output.
+            batch_size: Images that are under way together, at most; where one is complete, the
+                next begins in its place, so that forwards stay full to the end. None is all
+                images. Fewer than all for the exact decoders only. No image depends on it.
             generator: One for all images, or one per image. Image k of a list is the image that a
                 single call with that generator gives.
             decoder: "exact" (same tokens as "sequential" with the same seed), "jacobi-denoise"
@@ -210,6 +224,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             callback_on_step_end: Called as ``f(pipeline, step_index, details)`` after each step;
                 returning True interrupts. ``details["preview"]()`` draws the images so far, grey
                 where nothing is yet: a list of PIL images, at the price of a pixel decoding.
+            callback_on_image_end: Called as ``f(pipeline, image_index, output)`` when an image is
+                complete, before the callback of the step; ``output`` holds this image alone. The
+                call then returns no images, so that those of a long run need not be kept.
             compile: Compile the model's forward (pays on long runs).
 
         Raises:
@@ -226,7 +243,11 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         if self._no_pixels is not None and output_type != "tokens":
             raise ValueError(self._no_pixels)
+        check_batch_size(batch_size, decoder, len(pairs))
         check_callback(callback_on_step_end)
+        check_callback(
+            callback_on_image_end, "callback_on_image_end", "pipeline, image_index, output"
+        )
         check_window(window)
         if guidance_scale is None:
             guidance_scale = 1.0 if hasattr(self._family, "no_guidance") else 3.0
@@ -244,7 +265,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             for _, text in pairs
             if text is not None
         ]
-        engine, rows = image_engine(
+        engine, _ = image_engine(
             self._family,
             layout,
             [self._family.prompt(self.processor, text, layout) for text, _ in pairs],
@@ -258,13 +279,24 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             device=self.device,
             denoiser=denoiser,
             compile=compile,
+            num_rows=batch_size,
         )
-        preview = functools.partial(self._preview, rows, layout)
+        preview = functools.partial(self._preview, engine.ledger, layout, {})
         bar, after_step = self._watch(
             len(pairs) * layout.num_tokens, callback_on_step_end, more={"preview": preview}
         )
+
+        def after(record: StepRecord, outcome: Outcome) -> bool:
+            if callback_on_image_end is not None:
+                for index in outcome.ended:
+                    image = engine.ledger.generation(requests=[index])
+                    callback_on_image_end(self, index, self._output(image, layout, output_type))
+            return after_step(record, outcome)
+
         with bar:
-            result = engine.run(after_step)
+            result = engine.run(after)
+        if callback_on_image_end is not None:
+            output_type = "tokens"
         return self._output(result, layout, output_type)
 
     def _denoiser_of(self, decoder: str) -> Denoiser | None:
@@ -315,13 +347,24 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         rows = TokenRows(prompts, max_new_tokens=budgets, keys_B=keys_B)
         check_fits(self._family.backbone, rows)
 
-    def _preview(self, rows: TokenRows, layout: ImageLayout) -> list[Image.Image]:
+    def _preview(
+        self, ledger: Ledger, layout: ImageLayout, drawn: dict[int, Image.Image]
+    ) -> list[Image.Image]:
+        """All images so far; those that are complete are kept in ``drawn``."""
         if self._no_pixels is not None:
             raise ValueError(self._no_pixels)
-        units = [
-            tokens[length:]
-            for tokens, length in zip(rows.host_tokens, rows.prompt_lengths, strict=True)
-        ]
+        units = ledger.units
+        begun = [index for index, codes in enumerate(units) if codes and index not in drawn]
+        sketches = self._sketches([units[index] for index in begun], layout) if begun else []
+        found = dict(zip(begun, sketches, strict=True))
+        complete = [index for index in begun if len(units[index]) == layout.num_tokens]
+        drawn |= {index: found[index] for index in complete}
+        shown = drawn | found
+        grey = Image.new("RGB", next(iter(shown.values())).size, (128, 128, 128))
+        return [shown.get(index, grey) for index in range(len(units))]
+
+    def _sketches(self, units: Sequence[Sequence[int]], layout: ImageLayout) -> list[Image.Image]:
+        """Images of the new tokens of rows, grey where there are none yet."""
         tokens = _codes(units, layout)
         is_there = tokens >= 0
         # A decoder looks around: the last code in the place of those to come keeps edges quiet.
@@ -351,10 +394,9 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         return (pixels.permute(0, 2, 3, 1).float().cpu() * 0.5 + 0.5).clamp(0, 1)
 
     def _output(self, result: Generation, layout: ImageLayout, output_type: str) -> ImageOutput:
-        num_rows = len(result.units)
         steps = [
-            [step.index for step in result.steps for _ in range(step.num_emitted[row])]
-            for row in range(num_rows)
+            [step for step, count in enumerate(counts) for _ in range(count)]
+            for counts in result.emitted
         ]
         tokens = _codes(result.units, layout)
         images = None
@@ -363,7 +405,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         return ImageOutput(
             images=images,
             tokens=tokens,
-            step_maps=_codes(steps, layout).view(num_rows, layout.rows, layout.columns),
+            step_maps=_codes(steps, layout).view(-1, layout.rows, layout.columns),
             stats=result.stats,
             row_stats=result.row_stats,
             interrupted=result.interrupted,

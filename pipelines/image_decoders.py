@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmspec.adapters.image_seats import ImageSeats
 from mmspec.adapters.token_image import ImageFamily, ImageLayout, TokenImageTarget
 from mmspec.checks import is_number, require
 from mmspec.denoiser import Denoiser
@@ -13,6 +14,7 @@ from mmspec.drafters import build_drafter
 from mmspec.drafters.jacobi import default_window
 from mmspec.engine import Engine
 from mmspec.lossy import GroupedAcceptance, OverlappingRows
+from mmspec.pipelines.base import check_positive
 from mmspec.rows import TokenRows
 from mmspec.sampling import Law
 from mmspec.schedule import FixedSchedule
@@ -49,6 +51,31 @@ def check_lenience(lenience: Any, rule: str) -> None:
     require(is_good, "lenience", "None or a number between 0 and 1", lenience)
 
 
+def check_batch_size(batch_size: int | None, decoder: str, num_images: int) -> None:
+    """Refuses rows that are given to other images by rules for which an image would notice.
+
+    Raises:
+        ValueError: With the decoder, or a batch size that is none.
+    """
+    if batch_size is None:
+        return
+    check_positive("batch_size", batch_size)
+    if batch_size < num_images and not refills(decoder):
+        names = ", ".join(filter(refills, DECODERS))
+        raise ValueError(
+            f"batch_size below the number of images is for the decoders {names}, got {batch_size} "
+            f"for {num_images} images with {decoder!r}"
+        )
+
+
+def refills(decoder: str) -> bool:
+    """Whether images of this decoder may begin while others are under way.
+
+    The noise of other rules counts the steps of a batch, so an image depends on when it began.
+    """
+    return DECODERS[decoder] == "exact"
+
+
 def image_engine(
     family: ImageFamily,
     layout: ImageLayout,
@@ -64,6 +91,7 @@ def image_engine(
     denoiser: Denoiser | None = None,
     lenience: float | None = None,
     compile: bool = False,
+    num_rows: int | None = None,
 ) -> tuple[Engine, TokenRows]:
     """Wires the engine that writes one image per prompt; runs nothing.
 
@@ -82,6 +110,8 @@ def image_engine(
         denoiser: Makes new positions of the window noisy; None leaves them clean.
         lenience: Of a lossy rule; None is its own.
         compile: Compile the model's forward.
+        num_rows: Images that are under way together, with a rule for which `refills` holds; None
+            is all.
 
     Raises:
         ValueError: If a row does not fit the model's context.
@@ -91,10 +121,11 @@ def image_engine(
         max_new_tokens=[layout.num_tokens] * len(prompts),
         keys_B=keys_B,
         device=device,
+        num_rows=num_rows,
     )
     # Other rules would follow the clock with their tokens, and a compiled forward compile anew.
     if window is None and (rule != "exact" or compile):
-        window = default_window(layout.num_tokens, len(prompts))
+        window = default_window(layout.num_tokens, rows.num_rows)
     schedule: WindowSchedule | FixedSchedule
     if window is None:
         noise = None if denoiser is None else denoiser.schedule
@@ -122,7 +153,8 @@ def image_engine(
         shared_noise=rule in ("exact", "lossy-rows"),
     )
     made = _build_rule(rule, law, rows, family, layout, lenience)
-    return Engine(target, drafter, made, schedule), rows
+    seats = ImageSeats(target, drafter, made) if rows.num_waiting else None
+    return Engine(target, drafter, made, schedule, seats), rows
 
 
 def _build_rule(

@@ -9,7 +9,7 @@ from mmspec.ledger import Ledger, conditional_acceptance
 from mmspec.records import Guarantee, Outcome
 
 
-def step(ledger, drafted, accepted, new, active=(True, True), retracted=()):
+def step(ledger, drafted, accepted, new, active=(True, True), retracted=(), requests=()):
     ledger.record(
         SimpleNamespace(width=4, num_drafted=drafted, num_levels=drafted),
         SimpleNamespace(forward_time_s=2.0),
@@ -19,6 +19,7 @@ def step(ledger, drafted, accepted, new, active=(True, True), retracted=()):
             done=(False, False),
             was_active=active,
             num_retracted=retracted,
+            requests=requests,
         ),
         draft_time_s=1.0,
         wall_time_s=3.5,
@@ -55,6 +56,23 @@ def test_figures_of_a_row(ledger):
     assert (row.num_units, row.num_target_forwards, row.tau) == (3, 2, 1.5)
     assert row.acceptance_by_position == [1.0, 0.0]
     assert row.accepted_histogram == [1, 1]
+
+
+def test_steps_belong_to_the_requests_that_the_rows_continued():
+    ledger = Ledger(drafter="toy", guarantee=Guarantee.EXACT, num_requests=4)
+    step(ledger, (0, 0), (0, 0), ([1], [2]), requests=(0, 1))
+    step(ledger, (3, 3), (2, 0), ([3, 3, 3], [4]), requests=(0, 1))
+    ledger.later_reads.append(range(2, 4))
+    step(ledger, (3, 3), (1, 1), ([], [6, 6]), requests=(0, 2), active=(False, True))
+    made = ledger.generation()
+    assert made.units == ([1, 3, 3, 3], [2, 4], [6, 6], [])
+    assert made.emitted == ([1, 3], [1, 1], [2], [])
+    # The forward that read two prompts is one of the batch, and one of each of their own.
+    assert [row.num_target_forwards for row in made.row_stats] == [2, 2, 2, 1]
+    assert (made.stats.num_target_forwards, made.stats.tau) == (4, 8 / 7)
+    alone = ledger.generation(requests=[2])
+    assert (alone.units, alone.stats) == (([6, 6],), made.row_stats[2])
+    assert alone.stats.num_accepted == 1
 
 
 def test_retracted_units_leave_the_output(ledger):

@@ -20,6 +20,28 @@ def verdict(emitted: list[list[int]], accepted: list[int]) -> Verdict:
     )
 
 
+def test_a_row_that_has_ended_is_given_to_the_next_prompt():
+    prompts, budgets = [[1, 2], [3], [4, 5, 6], [7]], [9, 2, 4, 30]
+    rows = make_rows(prompts, budgets, num_rows=2)
+    alone = make_rows(prompts, budgets)
+    assert (rows.num_rows, rows.num_waiting, rows.capacity) == (2, 2, alone.capacity)
+    rows.choice_noise(3, 11)
+    outcome = rows.commit(verdict([[5, 6], [5, 6]], [1, 1]))
+    assert (outcome.requests, outcome.ended) == ((0, 1), [1])
+    assert rows.vacant == [1]
+    rows.admit(1)
+    assert (rows.requests, rows.vacant, rows.num_waiting) == ([0, 2], [], 1)
+    assert rows.host_tokens == [[1, 2, 5, 6], [4, 5, 6]]
+    for name in ("lengths_B", "limits_B", "prompt_lengths_B", "room_B", "keys_B"):
+        assert getattr(rows, name)[1] == getattr(alone, name)[2], name
+    assert rows.roots_B().tolist() == [6, 6]
+    assert torch.equal(rows.choice_noise(3, 11)[1], alone.choice_noise(3, 11)[2])
+    outcome = rows.commit(verdict([[8, 8, 8, 8]] * 2, [3, 3]))
+    assert (outcome.requests, outcome.done, outcome.ended) == ((0, 2), (False, True), [2])
+    rows.admit(1)
+    assert (rows.num_waiting, rows.max_remaining, rows.is_done) == (0, 30, False)
+
+
 def test_commit_by_hand():
     rows = make_rows([[1, 2], [3], [4, 5, 6]], [9, 2, 9], eos_token_ids=[0, 7])
     outcome = rows.commit(verdict([[5, 6, 8], [5, 6, 8], [5, 7, 8]], [2, 2, 2]))

@@ -218,7 +218,7 @@ def check_fits(model: Any, rows: TokenRows, more: Sequence[int] = ()) -> None:
         model: The model.
         rows: The rows.
         more: By how many tokens the longest prompt that each row is decoded with exceeds the
-            row's own; empty where there is no other.
+            row's own; empty where there is no other. Prompts that wait for a row count as rows.
 
     Raises:
         ValueError: With the row's length and the model's.
@@ -226,12 +226,12 @@ def check_fits(model: Any, rows: TokenRows, more: Sequence[int] = ()) -> None:
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is None:
         return
-    for row, (prompt, limit) in enumerate(zip(rows.prompt_lengths, rows.host_limits, strict=True)):
-        extra = more[row] if more else 0
-        if limit + extra > context:
+    for row, (prompt, budget) in enumerate(zip(rows.prompts, rows.budgets, strict=True)):
+        length = len(prompt) + (more[row] if more else 0)
+        if length + budget > context:
             raise ValueError(
-                f"row {row} has {prompt + extra} prompt tokens and may get {limit - prompt} new "
-                f"ones, {limit + extra} in all; {type(model).__name__} has a context of {context}. "
+                f"row {row} has {length} prompt tokens and may get {budget} new ones, "
+                f"{length + budget} in all; {type(model).__name__} has a context of {context}. "
                 "Shorten the prompt, or ask for fewer tokens or a smaller image"
             )
 

@@ -43,8 +43,8 @@ class Guidance:
         Args:
             rows: The rows.
             scale: The scale.
-            negatives: Prompt of each row's second half, at least one token each; None where there
-                is no second half.
+            negatives: Second prompt for each prompt of the rows, at least one token each; None
+                where there is no second half.
             is_normalised: Mix log-probabilities, as `transformers.generate` does. The law is the
                 same; only processors that look at the size of a score see a difference.
 
@@ -58,18 +58,24 @@ class Guidance:
         self.is_on = negatives is not None
         self._is_normalised = is_normalised
         self._negatives = [list(map(int, prompt)) for prompt in negatives or ()]
-        if self.is_on and len(self._negatives) != rows.num_rows:
+        if self.is_on and len(self._negatives) != len(rows.prompts):
             raise ValueError(
                 f"guidance needs one negative prompt per row: got {len(self._negatives)} for "
-                f"{rows.num_rows} rows"
+                f"{len(rows.prompts)} rows"
             )
         if not all(self._negatives):
             raise ValueError("a negative prompt needs at least one token, got an empty one")
-        pairs = zip(self._negatives, rows.prompt_lengths, strict=False)
-        self._shift = [len(negative) - length for negative, length in pairs]
-        device = rows.lengths_B.device
+        pairs = zip(self._negatives, rows.prompts, strict=False)
+        self._shifts = [len(negative) - len(prompt) for negative, prompt in pairs]
+        self.follow()
+
+    def follow(self) -> None:
+        """Takes the second prompts of the requests that the rows continue now."""
+        device = self.rows.lengths_B.device
+        requests = self.rows.requests if self.is_on else ()
+        self._shift = [self._shifts[request] for request in requests]
         self._shift_B = torch.tensor(self._shift, dtype=torch.long, device=device)
-        last = [negative[-1] for negative in self._negatives]
+        last = [self._negatives[request][-1] for request in requests]
         self._last_B = torch.tensor(last, dtype=torch.long, device=device)
 
     @property
@@ -80,12 +86,12 @@ class Guidance:
     @property
     def capacity(self) -> int:
         """Tokens that a row of the cache must hold."""
-        return self.rows.capacity + max([0, *self._shift])
+        return self.rows.capacity + max([0, *self._shifts])
 
-    @property
-    def prompts(self) -> list[list[int]]:
-        """What each row of the forward has before its first new token."""
-        return self.rows.host_tokens + self._negatives
+    def prompts(self, requests: Sequence[int]) -> list[list[int]]:
+        """What each row of a forward over these requests has before its first new token."""
+        halves = [self.rows.prompts, self._negatives] if self.is_on else [self.rows.prompts]
+        return [half[request] for half in halves for request in requests]
 
     def check_fits(self, model: Any) -> None:
         """Refuses rows of either half that are longer than the model's context.
@@ -93,7 +99,7 @@ class Guidance:
         Raises:
             ValueError: With the row's length and the model's.
         """
-        check_fits(model, self.rows, [max(0, shift) for shift in self._shift])
+        check_fits(model, self.rows, [max(0, shift) for shift in self._shifts])
 
     def twice(self, tensor: Tensor) -> Tensor:
         """The same for both halves, ``[B, ...]`` to ``[G, ...]``."""
@@ -115,17 +121,20 @@ class Guidance:
         second[:, 0] = torch.where(is_fresh, self._last_B, tokens_BN[:, 0])
         return torch.cat([tokens_BN, second])
 
-    def prefill(self, forward: SlotForward, inputs: Any) -> Tensor:
+    def prefill(
+        self, forward: SlotForward, inputs: Any, requests: Sequence[int] | None = None
+    ) -> Tensor:
         """Caches the prompts of both halves.
 
         Args:
             forward: The model on its slot cache, still empty.
             inputs: Makes the model's input of token ids ``[G, N]``: a mapping of one name.
+            requests: Whose prompts; None is those that the rows continue.
 
         Returns:
             What the model says behind each prompt, ``[G, 1, ...]``.
         """
-        prompts = self.prompts
+        prompts = self.prompts(self.rows.requests if requests is None else requests)
         counts = [len(prompt) for prompt in prompts]
         padded = [prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts]
         ids = torch.tensor(padded, device=self.rows.tokens_BT.device)

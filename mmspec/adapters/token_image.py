@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmspec.adapters.guidance import Guidance
+from mmspec.cache import SlotCache
 from mmspec.forward import SlotForward
 from mmspec.law_config import AllowedTokens
 from mmspec.records import Outcome, Proposal, Scores, Verdict
@@ -279,8 +280,8 @@ class TokenImageTarget:
             rows: The rows; the last prompt token begins the image.
             guidance_scale: ``s`` in ``uncond + s * (cond - uncond)``; at 1 the unconditional rows
                 are left out.
-            negatives: The prompt of each unconditional row, the token that begins the image last;
-                None leaves it to the family.
+            negatives: The unconditional prompt to each prompt of the rows, the token that begins
+                the image last; None leaves it to the family.
             place: As in `ImageLayout`.
             compile: Compile the step's forward.
 
@@ -294,8 +295,8 @@ class TokenImageTarget:
         if guidance_scale == 1.0:
             negatives = None
         elif negatives is None:
-            negatives = [[*family.unconditional(ids), begin] for *ids, begin in rows.host_tokens]
-        for negative, tokens in zip(negatives or (), rows.host_tokens, strict=False):
+            negatives = [[*family.unconditional(ids), begin] for *ids, begin in rows.prompts]
+        for negative, tokens in zip(negatives or (), rows.prompts, strict=False):
             if negative[-1:] != tokens[-1:]:
                 raise ValueError("a negative prompt must end with the token that begins the image")
         self.rows = rows
@@ -320,10 +321,48 @@ class TokenImageTarget:
 
     def prefill(self) -> None:
         """Caches every prompt and keeps the logits behind it, which answer a first plain step."""
-        hidden = self._guidance.prefill(
-            self.forward, lambda ids: {"inputs_embeds": self._family.embed_text(ids)}
-        )
+        hidden = self._guidance.prefill(self.forward, self._embedded)
         self._first_logits = self._guided(self._family.head(hidden))
+
+    def read(self, requests: Sequence[int]) -> tuple[SlotCache, Tensor]:
+        """Reads prompts that wait for a row into a cache of their own.
+
+        Args:
+            requests: Numbers of the prompts, R of them.
+
+        Returns:
+            A cache with a row for each prompt, and with guidance R more behind them; and the
+            logits behind each prompt, ``[R, 1, V]``.
+        """
+        prompts = self._guidance.prompts(requests)
+        lengths = [len(prompt) for prompt in prompts]
+        lengths_G = torch.tensor(lengths, device=self.rows.lengths_B.device)
+        place = self._place
+        ahead = SlotForward(
+            self._family.backbone,
+            num_rows=len(prompts),
+            capacity=max(lengths),
+            place=None if place is None else lambda index: place(index, lengths_G),
+        )
+        hidden = self._guidance.prefill(ahead, self._embedded, requests)
+        return ahead.cache, self._guided(self._family.head(hidden))
+
+    def admit(self, row: int, cache: SlotCache, place: int) -> None:
+        """Lets a row begin anew with a prompt that was read.
+
+        Args:
+            row: The row.
+            cache: The one that `read` returned.
+            place: Which of its prompts the row continues now.
+        """
+        self._guidance.follow()
+        num_halves = self._guidance.num_rows // self.rows.num_rows
+        num_read = cache.cursor.num_rows // num_halves
+        self.forward.cache.copy_rows(
+            cache,
+            [place + half * num_read for half in range(num_halves)],
+            [row + half * self.rows.num_rows for half in range(num_halves)],
+        )
 
     def score(self, proposal: Proposal) -> Scores:
         """One forward over the drafts of the images that go on; none for a plain first step."""
@@ -345,6 +384,9 @@ class TokenImageTarget:
         """Appends the survivors and moves a tree path's keys into place."""
         return self._guidance.commit(self.forward.cache, proposal, verdict)
 
+    def _embedded(self, ids_GN: Tensor) -> dict[str, Tensor]:
+        return {"inputs_embeds": self._family.embed_text(ids_GN)}
+
     def _placed(self, positions_GN: Tensor) -> Tensor:
         prompt_lengths_G = self._guidance.shifted(self.rows.prompt_lengths_B)
         return self._place(positions_GN, prompt_lengths_G)  # type: ignore[misc]
@@ -360,12 +402,9 @@ class TokenImageTarget:
         embeds = self._family.embed_image(codes)
         if proposal.noisy_BNH is not None:
             embeds = torch.where(proposal.valid_BN[..., None], embeds, proposal.noisy_BNH)
-        is_fresh = [
-            len(tokens) == prompt
-            for tokens, prompt in zip(self.rows.host_tokens, self.rows.prompt_lengths, strict=True)
-        ]
-        if any(is_fresh):
-            root = self._family.embed_text(tokens_BN[:, :1])
-            fresh_B = torch.tensor(is_fresh, device=embeds.device)[:, None]
-            embeds[:, 0] = torch.where(fresh_B, root[:, 0], embeds[:, 0])
+        lengths = zip(map(len, self.rows.host_tokens), self.rows.prompt_lengths, strict=True)
+        fresh = [row for row, (length, prompt) in enumerate(lengths) if length == prompt]
+        if fresh:
+            fresh_R = torch.tensor(fresh, device=embeds.device)
+            embeds[fresh_R, 0] = self._family.embed_text(tokens_BN[fresh_R, 0])
         return embeds

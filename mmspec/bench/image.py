@@ -2,6 +2,10 @@
 
 All systems run in one process on one loaded model, in turn, with the same captions. What is timed
 ends with the image tokens; turning them into pixels costs the same for all and is left out.
+A call may be for more images than a batch has (``--images-per-call``): transformers and our own
+decoders then make them batch by batch, and exact decoders also with rows that are refilled as
+images are complete.
+
 transformers runs with its static cache (the default) and with ``cache_implementation="dynamic"``;
 the faster of the two is the yardstick. It cannot run without guidance (scale 1), where our own
 plain decoding is the only yardstick.
@@ -11,14 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from torch import Tensor
 
 from mmspec.adapters.token_image import image_family
-from mmspec.bench.image_report import GENERATE, failures, speed_sections, summarise
+from mmspec.bench.image_report import GENERATE, REFILL, failures, speed_sections, summarise
 from mmspec.bench.image_setups import (
     bundle_of,
     image_card,
@@ -43,13 +47,29 @@ from mmspec.bench.quality import quality_sections, score, summarise_quality
 from mmspec.bench.report import Output, card_table, publish
 from mmspec.bench.setups import DTYPES, seeded
 from mmspec.bench.tasks import System, Task, Unavailable, interleaved, run_tasks, samples_of
+from mmspec.checks import require
 from mmspec.drafters.jacobi import default_window
 from mmspec.pipelines.image import ImageOutput, SpeculativeImagePipeline
-from mmspec.pipelines.image_decoders import DECODERS
+from mmspec.pipelines.image_decoders import DECODERS, refills
 
-Systems = dict[str, tuple[str, int | None]]
-#: The same as systems: name -> what runs it and its window.
-GENERATED: Systems = {name: (name, 1) for name in GENERATE}
+
+class Way(NamedTuple):
+    """How images are made: a decoder of ours or a name of `GENERATE`, and its window.
+
+    Attributes:
+        decoder: The name.
+        window: Codes per forward; None is the pipeline's choice.
+        is_refilled: Whether rows of complete images are given to those that wait.
+    """
+
+    decoder: str
+    window: int | None
+    is_refilled: bool = False
+
+
+Systems = dict[str, Way]
+#: The same as systems.
+GENERATED: Systems = {name: Way(name, 1) for name in GENERATE}
 #: Rows of one call when quality is measured; only speed depends on it.
 QUALITY_BATCH = 16
 #: What a task is for -> the type of its samples.
@@ -68,6 +88,8 @@ class Config:
     guidance: float
     seed: int
     purpose: str = "image"
+    #: Images of one call, where they are more than a batch.
+    num_images: int = 0
     #: Calls of this process that chose their own window, by what they share their findings with.
     chosen: Counter[tuple[str, str, float]] = field(default_factory=Counter)
 
@@ -76,12 +98,14 @@ class Config:
         """In words."""
         what = "" if self.purpose == "image" else f"{self.purpose}, "
         heat = f"T={self.temperature:g}"
-        return f"{what}{self.dtype} {heat} guidance {self.guidance:g} batch {self.batch}"
+        more = f", {self.num_images} images per call" if self.num_images else ""
+        return f"{what}{self.dtype} {heat} guidance {self.guidance:g} batch {self.batch}{more}"
 
     @property
     def key(self) -> str:
         """In a file."""
         where = f"g{self.guidance:g}/b{self.batch}/s{self.seed}"
+        where += f"/n{self.num_images}" if self.num_images else ""
         return f"{self.purpose}/{self.model}/{self.dtype}/T{self.temperature:g}/{where}"
 
 
@@ -96,6 +120,9 @@ def run(
     ] = "8,16,32,64,128",
     guidance: Annotated[str, typer.Option(help="Scales; 1 is none.")] = "1,3,5",
     batch: Annotated[str, typer.Option(help="Images per call.")] = "1,8",
+    images_per_call: Annotated[
+        int, typer.Option(help="More images than a batch; 0 is a batch. For speed only.")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="Of float32, bfloat16, ...")] = "float32",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     prompts: Annotated[int, typer.Option(help="Captions for speed; 0 is none.")] = 8,
@@ -128,22 +155,34 @@ def run(
     output, budget = Output(json_only=json_only), Budget(minutes)
     [model] = csv(model.removeprefix("bundled:"), image_models())
     ours = csv(decoders, list(DECODERS))
+    sizes = [int(size) for size in csv(batch)]
+    _check_more(images_per_call, sizes)
     systems = GENERATED | _systems(ours, [_width(width) for width in csv(window)])
+    timed_systems = systems | (_refilled(systems) if images_per_call else {})
     pipes = {name: load_image(model, name, device) for name in csv(dtype, list(DTYPES))}
     facts = provenance(torch.device(device), [bundle_of(model)])
     base: dict[str, Any] = {"model": model, "temperature": temperature, "seed": seed}
     base["chosen"] = Counter()
 
-    def configs(sizes: Sequence[int], scales: str, purpose: str) -> list[Config]:
+    def configs(
+        sizes: Sequence[int], scales: str, purpose: str, num_images: int = 0
+    ) -> list[Config]:
         return [
-            Config(pipe=pipe, dtype=name, batch=size, guidance=scale, purpose=purpose, **base)
+            Config(
+                pipe=pipe,
+                dtype=name,
+                batch=size,
+                num_images=num_images,
+                guidance=scale,
+                purpose=purpose,
+                **base,
+            )
             for size in sizes
             for scale in map(float, csv(scales))
             for name, pipe in pipes.items()
         ]
 
-    sizes = [int(size) for size in csv(batch)]
-    speed = configs(sizes, guidance, "image") if prompts else []
+    speed = configs(sizes, guidance, "image", images_per_call) if prompts else []
     held = configs(sizes, guidance, "memory") if memory else []
     judge = judge_of(model)
     count = quality if judge is not None else 0
@@ -155,7 +194,7 @@ def run(
     width = _default_window(next(iter(pipes.values())), min(QUALITY_BATCH, max(count, 1)))
     defaults = (GENERATED if quality_generate else {}) | _systems(ours, [width])
     tasks = {
-        "image": interleaved([_tasks(config, prompts, systems) for config in speed]),
+        "image": interleaved([_tasks(config, prompts, timed_systems) for config in speed]),
         "quality": interleaved([_tasks(config, count, defaults) for config in scored]),
         "memory": interleaved([_tasks(config, config.batch, systems) for config in held]),
     }
@@ -195,12 +234,32 @@ def _systems(decoders: Sequence[str], windows: Sequence[int | None]) -> Systems:
     systems: Systems = {}
     for decoder in decoders:
         if decoder == "sequential":
-            systems[decoder] = (decoder, 1)
+            systems[decoder] = Way(decoder, 1)
         else:
             for width in windows:
                 name = f"{decoder}_{'auto' if width is None else f'w{width}'}"
-                systems[name] = (decoder, width)
+                systems[name] = Way(decoder, width)
     return systems
+
+
+def _refilled(systems: Systems) -> Systems:
+    """The systems whose rows can be refilled and end at different times, with that done."""
+    return {
+        f"{name}{REFILL}": way._replace(is_refilled=True)
+        for name, way in systems.items()
+        if way.decoder in DECODERS and refills(way.decoder) and way.window != 1
+    }
+
+
+def _check_more(images_per_call: int, sizes: Sequence[int]) -> None:
+    """Refuses calls of fewer images than a batch.
+
+    Raises:
+        ValueError: With the number.
+    """
+    is_good = images_per_call == 0 or images_per_call > max(sizes)
+    rule = f"0 or more than a batch, {max(sizes)}"
+    require(is_good, "--images-per-call", rule, images_per_call)
 
 
 def _width(text: str) -> int | None:
@@ -219,7 +278,7 @@ def _width(text: str) -> int | None:
 def _tasks(config: Config, limit: int, systems: Systems) -> list[Task]:
     is_scored = config.purpose == "quality"
     entries = load_captions(limit, config.model, is_fresh=is_scored)
-    size = config.batch
+    size = config.num_images or config.batch
     # A call that is smaller than the others would blur the times, not the quality.
     count = len(entries) if is_scored else len(entries) - len(entries) % size
     return [_task(config, i, entries[i : i + size], systems) for i in range(0, count, size)]
@@ -228,11 +287,8 @@ def _tasks(config: Config, limit: int, systems: Systems) -> list[Task]:
 def _unfilled(configs: Sequence[Config], limit: int) -> list[str]:
     """Captions that no task takes because they do not fill a batch."""
     count = len(load_captions(limit, configs[0].model)) if configs else 0
-    return [
-        f"{config.label}: {count % config.batch} captions that do not fill a batch"
-        for config in configs
-        if count % config.batch
-    ]
+    left = [(config, count % (config.num_images or config.batch)) for config in configs]
+    return [f"{c.label}: {more} captions that do not fill a batch" for c, more in left if more]
 
 
 def _task(
@@ -244,8 +300,8 @@ def _task(
     captions = [entry["caption"] for entry in entries]
     measure = _memory if config.purpose == "memory" else _measure
 
-    def system(decoder: str, width: int | None) -> System:
-        return lambda repeat: measure(config, decoder, width, captions, repeat)
+    def system(way: Way) -> System:
+        return lambda repeat: measure(config, way, captions, repeat)
 
     def finish(samples: Mapping[str, Sample]) -> None:
         judge = judge_of(config.model)
@@ -257,7 +313,7 @@ def _task(
     return Task(
         key=f"{config.key}/{first:04d}",
         label=config.label,
-        systems={name: system(*what) for name, what in systems.items()},
+        systems={name: system(way) for name, way in systems.items()},
         facts={
             "type": PURPOSES[config.purpose],
             "model": config.model,
@@ -275,21 +331,19 @@ def _task(
 
 
 def _warm_up(config: Config, captions: Sequence[str], systems: Container[str]) -> None:
-    _ours(config, "exact", 16, captions, 0)
+    _ours(config, Way("exact", 16), captions[: config.batch], 0)
     if config.guidance > 1 and "generate" in systems:
         _generate(config, captions[:1], 0, {})
 
 
-def _measure(
-    config: Config, decoder: str, width: int | None, captions: Sequence[str], repeat: int
-) -> Sample:
-    call, figures = _call(config, decoder, width, captions, repeat)
+def _measure(config: Config, way: Way, captions: Sequence[str], repeat: int) -> Sample:
+    call, figures = _call(config, way, captions, repeat)
     with ForwardMeter(config.pipe.model.model.language_model) as meter:
         answer, time_s = timed(call, config.pipe.device)
     tokens, counts = figures(answer, meter.num_full)
     return {
         "tokens": tokens,
-        "window": width,
+        "window": way.window,
         "num_images": len(captions),
         "num_units": tokens.numel(),
         "time_s": time_s,
@@ -298,15 +352,13 @@ def _measure(
     }
 
 
-def _memory(
-    config: Config, decoder: str, width: int | None, captions: Sequence[str], repeat: int
-) -> Sample:
-    call, figures = _call(config, decoder, width, captions, repeat)
+def _memory(config: Config, way: Way, captions: Sequence[str], repeat: int) -> Sample:
+    call, figures = _call(config, way, captions, repeat)
     answer, sizes = measured_memory(config.pipe.model.model.language_model, call)
     tokens, counts = figures(answer, 0)
     return {
         "tokens": tokens,
-        "window": width,
+        "window": way.window,
         "num_images": len(captions),
         "guarantee": counts["guarantee"],
         **sizes,
@@ -314,68 +366,83 @@ def _memory(
 
 
 def _call(
-    config: Config, decoder: str, width: int | None, captions: Sequence[str], repeat: int
+    config: Config, way: Way, captions: Sequence[str], repeat: int
 ) -> tuple[Callable[[], Any], Callable[[Any, int], tuple[Tensor, Sample]]]:
     """What makes the images, and what turns its answer and the forwards into tokens and figures."""
     seed = config.seed + repeat
-    if decoder in GENERATE:
+    if way.decoder in GENERATE:
         if not config.guidance > 1:
             raise Unavailable("transformers' Janus needs a guidance scale above 1")
         return (
-            lambda: _generate(config, captions, seed, GENERATE[decoder]),
-            lambda tokens, num_forwards: (tokens, _plain_figures(num_forwards, len(captions))),
+            lambda: [
+                _generate(config, part, seed + number, GENERATE[way.decoder])
+                for number, part in enumerate(_batches(captions, config.batch))
+            ],
+            lambda tokens, num_forwards: (
+                torch.cat(tokens),
+                _plain_figures(num_forwards, len(captions), len(tokens)),
+            ),
         )
-    cell = (decoder, config.dtype, config.guidance)
+    cell = (way.decoder, config.dtype, config.guidance)
     num_before = config.chosen[cell]
-    config.chosen[cell] += width is None
+    config.chosen[cell] += way.window is None
     return (
-        lambda: _ours(config, decoder, width, captions, seed),
-        lambda out, _: (out.tokens, _our_figures(out) | {"num_calls_before": num_before}),
+        lambda: _ours(config, way, captions, seed),
+        lambda outs, _: (
+            torch.cat([out.tokens for out in outs]),
+            _our_figures(outs) | {"num_calls_before": num_before},
+        ),
     )
 
 
-def _ours(
-    config: Config, decoder: str, width: int | None, captions: Sequence[str], seed: int
-) -> ImageOutput:
+def _batches(items: Sequence[Any], size: int) -> list[Any]:
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def _ours(config: Config, way: Way, captions: Sequence[str], seed: int) -> list[ImageOutput]:
     try:
-        return _image(config, decoder, width, captions, seed)
+        return _images(config, way, captions, seed)
     except ValueError as error:
-        if decoder in ("sequential", "exact"):
+        if way.decoder in ("sequential", "exact"):
             raise
         raise Unavailable(str(error)) from error
 
 
-def _image(
-    config: Config, decoder: str, width: int | None, captions: Sequence[str], seed: int
-) -> ImageOutput:
-    return config.pipe(
-        list(captions),
-        guidance_scale=config.guidance,
-        generator=seeded(seed, len(captions)),
-        decoder=decoder,
-        window=width,
-        temperature=config.temperature,
-        output_type="tokens",
-    )
+def _images(config: Config, way: Way, captions: Sequence[str], seed: int) -> list[ImageOutput]:
+    size = len(captions) if way.is_refilled else config.batch
+    generators = seeded(seed, len(captions))
+    return [
+        config.pipe(
+            list(part),
+            guidance_scale=config.guidance,
+            batch_size=config.batch,
+            generator=own,
+            decoder=way.decoder,
+            window=way.window,
+            temperature=config.temperature,
+            output_type="tokens",
+        )
+        for part, own in zip(_batches(captions, size), _batches(generators, size), strict=True)
+    ]
 
 
-def _our_figures(out: ImageOutput) -> Sample:
+def _our_figures(outs: Sequence[ImageOutput]) -> Sample:
     phases = ("prefill_time_s", "draft_time_s", "verify_time_s", "other_time_s")
     return {
-        "guarantee": str(out.stats.guarantee),
-        "num_steps": out.stats.num_target_forwards,
-        "num_drafted": out.stats.num_drafted,
+        "guarantee": str(outs[0].stats.guarantee),
+        "num_steps": sum(out.stats.num_target_forwards for out in outs),
+        "num_drafted": sum(out.stats.num_drafted for out in outs),
         # Rows of an image batch end at different steps, so tau counts each row's own.
-        "num_row_steps": sum(row.num_target_forwards for row in out.row_stats),
-        **{name: getattr(out.stats, name) for name in phases},
+        "num_row_steps": sum(row.num_target_forwards for out in outs for row in out.row_stats),
+        **{name: sum(getattr(out.stats, name) for out in outs) for name in phases},
     }
 
 
-def _plain_figures(num_steps: int, num_rows: int) -> Sample:
+def _plain_figures(num_steps: int, num_images: int, num_batches: int) -> Sample:
     return {
         "guarantee": "yardstick",
         "num_steps": num_steps,
-        "num_row_steps": num_steps * num_rows,
+        "num_row_steps": num_steps * num_images // num_batches,
     }
 
 

@@ -13,6 +13,8 @@ GENERATE: dict[str, dict[str, Any]] = {
     "generate": {},
     "generate_dynamic": {"cache_implementation": "dynamic"},
 }
+#: End of the names of systems that give the rows of complete images to those that wait.
+REFILL = "_refill"
 #: Share of the best fixed window's speed, and of plain decoding's, that a chosen window shall have.
 GOAL = 0.95
 
@@ -45,7 +47,7 @@ def _chosen(systems: Mapping[str, Sequence[Sample]]) -> list[Sample]:
     rows = []
     for name, own in systems.items():
         decoder = name.removesuffix("_auto")
-        fixed = [n for n in systems if n.startswith(f"{decoder}_w")]
+        fixed = [n for n in systems if n.startswith(f"{decoder}_w") and not n.endswith(REFILL)]
         if decoder == name or not fixed:
             continue
         best = min(fixed, key=lambda n: _seconds(systems[n]))
@@ -132,7 +134,11 @@ def speed_sections(rows: Sequence[Sample]) -> list[Section]:
     chosen = [row for row in rows if row["type"] == "chosen"]
     groups: dict[str, list[Sample]] = defaultdict(list)
     for row in found:
-        groups[title_of(row)].append(row)
+        more = row["num_images"] // row["num_samples"]
+        title = (
+            f"{title_of(row)}, {more} images per call" if more != row["batch"] else title_of(row)
+        )
+        groups[title].append(row)
     sections = _throughput_sections(found)
     if chosen:
         sections.append(("The chosen window against the best fixed one", _chosen_table(chosen)))

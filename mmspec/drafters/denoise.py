@@ -12,7 +12,7 @@ well, and it carries the noisy state of a position on from forward to forward, w
 of a position is drawn once and the guess under it replaced.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from mmspec.denoiser import Denoiser
 from mmspec.drafters.jacobi import JacobiDrafter
 from mmspec.noise import gaussian
-from mmspec.records import Plan, Proposal
+from mmspec.records import Plan, Proposal, Verdict
 from mmspec.rows import TokenRows
 
 
@@ -57,6 +57,12 @@ class DenoiseDrafter(JacobiDrafter):
         self._schedule = denoiser.schedule
         self._reached = [[0] * self._schedule.num_steps for _ in range(rows.num_rows)]
         self._sigmas = self._schedule.sigmas().to(rows.lengths_B.device)
+
+    def admit(self, rows: Sequence[int], verdict: Verdict) -> None:
+        """Forgets what it knew of rows that begin anew, as `JacobiDrafter.admit`."""
+        super().admit(rows, verdict)
+        for row in rows:
+            self._reached[row] = [0] * self._schedule.num_steps
 
     def propose(self, plan: Plan) -> Proposal:
         """A chain of guesses: drafts up to the first noisy one, noisy embeddings from there on."""

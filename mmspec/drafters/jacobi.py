@@ -13,6 +13,7 @@ predictive sampling (Wiggers and Hoogeboom 2020).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -98,6 +99,19 @@ class JacobiDrafter:
 
     def prefill(self) -> None:
         """Reads nothing."""
+
+    def admit(self, rows: Sequence[int], verdict: Verdict) -> None:
+        """Forgets what it knew of rows that begin anew; knows what follows their prompts.
+
+        Args:
+            rows: These rows.
+            verdict: What the rule chooses behind their prompts; meaningless in all other rows.
+        """
+        for row in rows:
+            length = len(self._rows.host_tokens[row])
+            self._known_B[row] = self._host_known[row] = length + 1
+            self._laws_BRV[row, length % self._ring] = verdict.law_logits_BNV[row, 0]  # type: ignore[index]
+            self._guesses_BR[row, length % self._ring] = verdict.choices_BN[row, 0]  # type: ignore[index]
 
     def propose(self, plan: Plan) -> Proposal:
         """A chain of guesses behind each root."""

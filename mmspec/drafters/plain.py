@@ -1,5 +1,7 @@
 """No drafting: the yardstick, through the same loop as everything else."""
 
+from collections.abc import Sequence
+
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
 from mmspec.rows import TokenRows
 from mmspec.tree import pack_roots
@@ -16,6 +18,9 @@ class PlainDrafter:
 
     def prefill(self) -> None:
         """Reads nothing."""
+
+    def admit(self, rows: Sequence[int], verdict: Verdict) -> None:
+        """Forgets nothing."""
 
     def propose(self, plan: Plan) -> Proposal:
         """The root alone."""

@@ -24,7 +24,8 @@ from mmspec.pictures import (
     step_map,
     upscale,
 )
-from mmspec.pipelines.image_decoders import DECODERS
+from mmspec.pipelines.image import ImageOutput
+from mmspec.pipelines.image_decoders import DECODERS, refills
 from mmspec.records import Stats
 from mmspec.whole_file import remove_partial
 
@@ -82,7 +83,7 @@ class ImageSummary:
         out: The sheet or the folder.
         num_images: Images made.
         num_skipped: Images that were there already.
-        batches: Figures of each batch.
+        batches: Figures of each call of the pipeline.
     """
 
     out: Path
@@ -199,7 +200,7 @@ class ImageRun:
         out: The folder, or the sheet.
         num: Images of each request.
         settings: What the images share.
-        batch_size: Images decoded together.
+        batch_size: Images under way together.
         steps_map: Also write step maps, as ``NAME.steps.png``.
         report: Told the progress, a line at a time.
     """
@@ -243,17 +244,18 @@ def run_image_files(run: ImageRun) -> ImageSummary:
     for picture in missing:
         for path in (picture.path, steps_path(picture.path)):
             remove_partial(path)
-    for batch in _batches(missing, run.batch_size):
-        result = _draw(pipe, batch, settings)
-        for row, picture in enumerate(batch):
-            chunks = picture.chunks_to_save(settings, result.stats)
-            if steps_map:  # before the image, whose presence says that both are done
-                drawn = upscale(step_map(result.step_maps[row]), settings.scale)
-                save_png(drawn, steps_path(picture.path), chunks)
-            save_png(upscale(result.images[row], settings.scale), picture.path, chunks)
-        summary.batches.append(result.stats)
-        summary.num_images += len(batch)
-        run.report(f"{summary.num_images}/{len(missing)} {batch[-1].path.name}")
+
+    def save(picture: _Picture, output: ImageOutput) -> None:
+        chunks = picture.chunks_to_save(settings, output.stats)
+        if steps_map:  # before the image, whose presence says that both are done
+            drawn = upscale(step_map(output.step_maps[0]), settings.scale)
+            save_png(drawn, steps_path(picture.path), chunks)
+        save_png(upscale(output.images[0], settings.scale), picture.path, chunks)
+        summary.num_images += 1
+        run.report(f"{summary.num_images}/{len(missing)} {picture.path.name}")
+
+    for called in _calls(missing, run):
+        summary.batches.append(_draw(pipe, called, run, save))
     return summary
 
 
@@ -280,17 +282,21 @@ def save_sheet(run: ImageRun, *, preview: Preview | None = None) -> ImageSummary
     require(len(sizes) == 1, "the images of a sheet", "of one height and width", sizes)
     pictures = [_Picture(out, r, r.seed + k) for r in run.requests for k in range(run.num)]
     pipe = _checked(run.load, pictures)
-    summary = ImageSummary(out=out, num_images=len(pictures))
+    summary = ImageSummary(out=out)
+    made: dict[_Picture, ImageOutput] = {}
     images: list[Image.Image] = []
-    maps: list[Image.Image] = []
-    for batch in _batches(pictures, run.batch_size):
+
+    def take(picture: _Picture, output: ImageOutput) -> None:
+        made[picture] = output
+        summary.num_images += 1
+        if len(pictures) > 1:
+            run.report(f"{summary.num_images}/{len(pictures)}")
+
+    for called in _calls(pictures, run):
         watcher = preview.watcher(images, len(pictures), settings.scale) if preview else None
-        result = _draw(pipe, batch, settings, watcher)
-        images += [upscale(image, settings.scale) for image in result.images]
-        maps += [upscale(step_map(drawn), settings.scale) for drawn in result.step_maps]
-        summary.batches.append(result.stats)
-        if len(pictures) > len(batch):
-            run.report(f"{len(images)}/{len(pictures)}")
+        summary.batches.append(_draw(pipe, called, run, take, watcher))
+        images += [upscale(made[picture].images[0], settings.scale) for picture in called]
+    maps = [upscale(step_map(made[p].step_maps[0]), settings.scale) for p in pictures]
     stats = summary.batches[0]
     chunks = _joined([picture.chunks_to_save(settings, stats) for picture in pictures])
     if run.steps_map:
@@ -339,37 +345,47 @@ def _checked(load: Callable[[], Any], pictures: Sequence[_Picture]) -> Any:
     return pipe
 
 
-def _batches(pictures: Sequence[_Picture], batch_size: int) -> Iterator[list[_Picture]]:
-    """Neighbours that go through one call."""
+def _calls(pictures: Sequence[_Picture], run: ImageRun) -> Iterator[list[_Picture]]:
+    """Neighbours that go through one call: all of a kind, or batches if rows cannot be refilled."""
+    most = len(pictures) if refills(run.settings.decoder) else run.batch_size
 
     def kind(picture: _Picture) -> tuple[Any, ...]:
         return *picture.request.size, picture.request.negative_prompt is None
 
-    batch: list[_Picture] = []
+    called: list[_Picture] = []
     for picture in pictures:
-        if batch and (len(batch) == batch_size or kind(picture) != kind(batch[0])):
-            yield batch
-            batch = []
-        batch.append(picture)
-    if batch:
-        yield batch
+        if called and (len(called) == most or kind(picture) != kind(called[0])):
+            yield called
+            called = []
+        called.append(picture)
+    if called:
+        yield called
 
 
 def _draw(
-    pipe: Any, pictures: Sequence[_Picture], settings: ImageSettings, watcher: Any = None
-) -> Any:
+    pipe: Any,
+    pictures: Sequence[_Picture],
+    run: ImageRun,
+    take: Callable[[_Picture, ImageOutput], None],
+    watcher: Any = None,
+) -> Stats:
+    """Makes pictures in one call; each is handed over when it is complete."""
     requests = [picture.request for picture in pictures]
     negatives = [request.negative_prompt for request in requests]
     height, width = requests[0].size
-    return pipe(
+    output = pipe(
         [request.prompt for request in requests],
         negative_prompt=None if None in negatives else negatives,
         height=height,
         width=width,
+        batch_size=run.batch_size,
         generator=generators([picture.seed for picture in pictures]),
         callback_on_step_end=watcher,
-        **settings.call_options(),
+        callback_on_image_end=lambda _, index, output: take(pictures[index], output),
+        **run.settings.call_options(),
     )
+    stats: Stats = output.stats
+    return stats
 
 
 def _joined(all_chunks: Sequence[Mapping[str, str]]) -> dict[str, str]:

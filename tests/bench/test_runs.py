@@ -133,6 +133,29 @@ def test_images_per_minute_by_batch_and_the_bytes_of_each_system(tmp_path):
 
 
 @needs_captions
+def test_calls_of_more_images_than_a_batch(tmp_path):
+    options = IMAGE | {"guidance": "3", "prompts": 6, "window": "8", "quality": 0}
+    options |= {"decoders": "sequential,exact", "out": tmp_path}
+    line = image.run(**options, images_per_call=5)
+    rows = {r["system"]: r for r in line["rows"] if r["type"] == "row"}
+    assert {row["num_images"] for row in rows.values()} == {5}
+    assert rows["generate"]["num_forwards_per_call"] == 3 * 64
+    assert rows["generate"]["tau"] == rows["sequential"]["tau"] == 1
+    assert rows["exact_w8"]["equal_sequential"] == rows["exact_w8_refill"]["equal_sequential"] == 1
+    assert (
+        rows["exact_w8_refill"]["num_forwards_per_call"] < rows["exact_w8"]["num_forwards_per_call"]
+    )
+    assert "sequential_refill" not in rows
+    [report] = tmp_path.glob("image_*.md")
+    assert "guidance 3, batch 2, 5 images per call" in report.read_text()
+    assert line["left_out"] == [
+        "float64 T=1 guidance 3 batch 2, 5 images per call: 1 captions that do not fill a batch"
+    ]
+    with pytest.raises(ValueError, match=r"--images-per-call must be 0 or more than a batch, 2"):
+        image.run(**options, images_per_call=2)
+
+
+@needs_captions
 def test_greedy_images_are_those_of_generate(tmp_path):
     options = IMAGE | {"guidance": "3", "batch": "1", "prompts": 1, "window": "8"}
     line = image.run(**options, temperature=0.0, decoders="sequential,exact", out=tmp_path)

@@ -88,6 +88,26 @@ def test_a_plan_wider_than_the_window_is_clamped():
     assert drafter.propose(Plan(width=64)).width == 4
 
 
+def test_a_row_that_begins_anew_knows_what_follows_its_prompt_and_nothing_else():
+    rows = make_rows([[1, 2], [3, 4, 0]], [9, 9], num_rows=1)
+    drafter = make(rows)
+    teach(drafter, rows, 2, [3, 1, 4, 1])
+    rows.host_done[0] = True
+    rows.admit(0)
+    choice = torch.tensor([[2]])
+    laws = torch.zeros(1, 1, V).scatter(2, choice[..., None], 30.0)
+    verdict = Verdict(
+        choices_BN=choice,
+        path_BM=choice,
+        emitted_BM=choice,
+        num_accepted_B=torch.zeros(1).long(),
+        law_logits_BNV=laws,
+    )
+    drafter.admit([0], verdict)
+    # The new positions behind the first guess look at its law, the last one known.
+    assert drafter.propose(Plan(width=4)).tokens_BN.tolist() == [[0, 2, 2, 2]]
+
+
 def test_ended_rows_draft_nothing():
     rows = toy_rows(2, 9, seed=0)
     drafter = make(rows)
