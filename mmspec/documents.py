@@ -1,7 +1,8 @@
 """Documents as pages: PDF files, pictures, scans of several pages, and folders of them.
 
-A page is drawn when it is asked for, so a job needs the memory of one page, whatever the document.
-What cannot be read is a `ValueError` that names the file and the page.
+A page is drawn when it is asked for, in any thread, so a job needs the memory of the pages that it
+is at, whatever the document. What cannot be read is a `ValueError` that names
+the file and the page.
 """
 
 import hashlib

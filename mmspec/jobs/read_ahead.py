@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 from mmspec.documents import Sheet
@@ -10,6 +11,7 @@ from mmspec.jobs.journal import Key
 from mmspec.jobs.pages import PageTask
 
 Read = Callable[[PageTask], Sheet]
+_Sheets = dict[Key, Future[Sheet]]
 
 
 def read_ahead(
@@ -29,7 +31,7 @@ def read_ahead(
     """
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mmspec-read")
     coming = iter(batches)
-    begun: deque[tuple[Sequence[PageTask], dict[Key, Future[Sheet]]]] = deque()
+    begun: deque[tuple[Sequence[PageTask], _Sheets]] = deque()
     try:
         while True:
             for batch in islice(coming, num_batches + 1 - len(begun)):
@@ -37,6 +39,11 @@ def read_ahead(
             if not begun:
                 return
             batch, sheets = begun.popleft()
-            yield batch, lambda task, sheets=sheets: sheets.pop(task.key).result()
+            yield batch, partial(_taken, sheets)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _taken(sheets: _Sheets, task: PageTask) -> Sheet:
+    """A page, which is not kept for longer than it is needed."""
+    return sheets.pop(task.key).result()
