@@ -87,6 +87,12 @@ def parse(
     ocr: Annotated[
         str, typer.Option(help="Drafts where there is no text layer: auto, none, or an engine.")
     ] = "auto",
+    ocr_workers: Annotated[
+        int, typer.Option(min=1, help="Threads of the engine, beside the model.")
+    ] = 1,
+    prefetch: Annotated[
+        int, typer.Option(min=0, help="Batches drawn and read by OCR while the model writes.")
+    ] = 1,
     regions: Annotated[
         bool, typer.Option("--regions", help="Read regions first and draft from them.")
     ] = False,
@@ -123,6 +129,7 @@ def parse(
             dtype=dtype,
             reader=Reader(dpi=dpi, password=password),
             ocr=None if ocr == "none" else ocr,
+            ocr_workers=ocr_workers,
             prompt=prompt,
             regions=regions,
             options=options,
@@ -142,6 +149,8 @@ def parse(
             resume=resume,
             batch_size=batch_size,
             num_workers=workers,
+            prefetch=prefetch,
+            num_readers=ocr_workers,
             retry_errors=retry_errors,
             after=job.after,
         )

@@ -1,16 +1,18 @@
 """Documents as pages: PDF files, pictures, scans of several pages, and folders of them.
 
-A page is drawn when it is asked for, so a job needs the memory of one page, whatever the document.
-What cannot be read is a `ValueError` that names the file and the page.
+A page is drawn when it is asked for, in any thread, so a job needs the memory of the pages that it
+is at, whatever the document. What cannot be read is a `ValueError` that names
+the file and the page.
 """
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import pypdfium2
 from PIL import Image, ImageOps
@@ -18,11 +20,17 @@ from pypdfium2.raw import FPDF_ERR_PASSWORD
 
 from mmspec.checks import is_integer, require
 
+if TYPE_CHECKING:
+    from mmspec.ocr_reading import Reading
+
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 DOCUMENTS = (".pdf", *PICTURES)
 #: Only these are read as scans of several pages: the further frames of a telephone's JPEG are
 #: previews.
 _SCANS = (".tif", ".tiff")
+
+#: PDFium does not bear calls from two threads at once, not even for two documents.
+_PDFIUM = threading.Lock()
 
 #: A page that is drawn larger would take more than 300 MB.
 MAX_PIXELS = 100_000_000
@@ -52,11 +60,13 @@ class Sheet:
 
     Attributes:
         image: RGB, upright, on white.
-        text: The text layer of a born-digital page, or None.
+        text: The text layer of a born-digital page, what an OCR engine has read ahead, or None.
+        wait_time_s: Seconds in which the model waited for it.
     """
 
     image: Image.Image
-    text: str | None = None
+    text: "str | Reading | None" = None
+    wait_time_s: float = 0.0
 
     @property
     def is_blank(self) -> bool:
@@ -127,18 +137,19 @@ class Reader:
 
     @contextmanager
     def _pdf(self, file: Path) -> Iterator[pypdfium2.PdfDocument]:
-        try:
-            pdf = pypdfium2.PdfDocument(file, password=self.password)
-        except pypdfium2.PdfiumError as error:
-            if error.err_code == FPDF_ERR_PASSWORD:
-                given = "none was given" if self.password is None else "the given one is wrong"
-                raise ValueError(f"{file} is protected by a password, and {given}") from error
-            raise ValueError(f"{file} cannot be read as a PDF: {error}") from error
-        try:
-            pdf.init_forms()  # else the fields of a filled form stay empty
-            yield pdf
-        finally:
-            pdf.close()
+        with _PDFIUM:
+            try:
+                pdf = pypdfium2.PdfDocument(file, password=self.password)
+            except pypdfium2.PdfiumError as error:
+                if error.err_code == FPDF_ERR_PASSWORD:
+                    given = "none was given" if self.password is None else "the given one is wrong"
+                    raise ValueError(f"{file} is protected by a password, and {given}") from error
+                raise ValueError(f"{file} cannot be read as a PDF: {error}") from error
+            try:
+                pdf.init_forms()  # else the fields of a filled form stay empty
+                yield pdf
+            finally:
+                pdf.close()
 
     def _drawn(self, pdf: pypdfium2.PdfDocument, number: int) -> Image.Image:
         page = pdf[number - 1]

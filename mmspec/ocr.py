@@ -1,8 +1,8 @@
 """Text of pictures by an OCR engine, with boxes and confidences: the draft of document parsing.
 
-Engines are packages that are imported when one is opened. Importing this module sets
-``OMP_THREAD_LIMIT=1`` unless it is set: Tesseract's own threads make a page slower on a machine
-that has other work (20 s instead of 2.5 s were seen), and it reads the variable only once.
+Engines are packages that are imported when one is opened. Tesseract is loaded with
+``OMP_THREAD_LIMIT=1`` unless it is set: its own threads make a page slower on a machine that has
+other work (20 s instead of 2.5 s were seen), and it reads the variable only once.
 """
 
 import glob
@@ -11,7 +11,8 @@ import importlib.util
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +20,6 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from mmspec.checks import require_known
-
-os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 
 Box = tuple[int, int, int, int]
 
@@ -116,7 +115,8 @@ class TesserocrEngine:
             ValueError: If the package or the language's data is missing; says where it was looked
                 for.
         """
-        tesserocr = _imported("tesserocr", "ocr")
+        with _one_thread():
+            tesserocr = _imported("tesserocr", "ocr")
         folder = tessdata_folder(language)
         self._levels = tesserocr.RIL
         self._iterate: Any = tesserocr.iterate_level
@@ -278,6 +278,19 @@ def split_into_bands(image: Image.Image, most: int = 8) -> list[tuple[int, int]]
         else:
             parts[-1] = (parts[-1][0], band[1])
     return parts
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Limits libraries that are loaded meanwhile. Worker processes would inherit it for torch."""
+    name = "OMP_THREAD_LIMIT"
+    is_given = name in os.environ
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if not is_given:
+            del os.environ[name]
 
 
 def _imported(package: str, extra: str) -> Any:

@@ -2,28 +2,26 @@
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from mmspec.adapters import encoder_decoder
 from mmspec.checks import require, require_generator
 from mmspec.drafters import DrafterSpec, parse_spec
-from mmspec.drafters.reference import Reference
 from mmspec.drafters.trie import NgramTrie
-from mmspec.ocr import Engine, PageText, installed_engines, open_engine, split_into_bands
+from mmspec.ocr import PageText, installed_engines, split_into_bands
+from mmspec.ocr_reading import OcrReader, Reading
 from mmspec.pipelines.base import SpeculativePipeline, check_positive
+from mmspec.pipelines.document_pages import DocumentOutput, Page, gathered, opened_pages
 from mmspec.pipelines.vlm import SpeculativeVLMPipeline, bundled_spec, with_loaded
-from mmspec.pipelines.vlm_inputs import Picture, opened
+from mmspec.pipelines.vlm_inputs import Picture
 from mmspec.pipelines.writing import Prompt, WrittenOutput
-from mmspec.records import Stats
 from mmspec.tree import BUCKETS
 
 logger = logging.getLogger("mmspec")
@@ -44,98 +42,14 @@ PARSE_PROMPT = "Convert this page to Markdown."
 
 #: Drafters that are given the pages' references.
 _GUIDED = ("auto", "reference")
-_NO_ENGINE = "no OCR engine is installed; pip install 'mmspec[ocr]', or pass ocr=None or references"
+_UNREAD = Reading(
+    engine="none",
+    error="no OCR engine is installed; pip install 'mmspec[ocr]', or pass ocr=None or references",
+)
 #: Options of a call that say nothing of how a region is read.
 _OF_THE_PAGE_ALONE = {"callback_on_step_end", "streamer"}
 # Pixels around a region.
 _MARGIN = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DocumentStats:
-    """Figures of a document.
-
-    Attributes:
-        num_pages: Pages written.
-        num_units: Tokens of all pages.
-        num_target_forwards: Steps of all batches, those of the region passes included.
-        tau: Tokens per forward and row, region passes not included.
-        ocr_time_s: Seconds that the OCR engine worked, partly while the target did.
-        wall_time_s: Seconds in all.
-    """
-
-    num_pages: int
-    num_units: int
-    num_target_forwards: int
-    tau: float
-    ocr_time_s: float
-    wall_time_s: float
-
-    def to_dict(self) -> dict[str, int | float]:
-        """Returns the figures as plain JSON types."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageOutput:
-    """One page.
-
-    Attributes:
-        text: What the model wrote.
-        tokens: The same, int64; the token that ended it included.
-        stats: Figures of the page; its times are those of its batch.
-        reference: Where its reference came from: "given", the name of an OCR engine, "regions", or
-            "none".
-        sources: How many of its tokens came from "reference", "ngram" and "target"; empty for other
-            drafters.
-        ocr_time_s: Seconds of OCR.
-        region_stats: Figures of its region pass.
-        error: Why it has no reference although one was asked for; the text is right all the same.
-    """
-
-    text: str
-    tokens: Tensor
-    stats: Stats
-    reference: str
-    sources: Mapping[str, int]
-    ocr_time_s: float = 0.0
-    region_stats: Stats | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DocumentOutput:
-    """The pages, and figures over all of them.
-
-    Attributes:
-        pages: In the order given; those that were begun, if interrupted.
-        stats: Figures over all pages.
-        interrupted: True if the call was stopped before every page had ended.
-    """
-
-    pages: list[PageOutput]
-    stats: DocumentStats
-    interrupted: bool = False
-
-
-@dataclass(slots=True)
-class _Page:
-    """A page at work."""
-
-    image: Image.Image
-    source: str = "none"
-    text: Reference = None
-    error: str | None = None
-    ocr_time_s: float = 0.0
-    region_stats: Stats | None = None
-    counts: Counter[str] = field(default_factory=Counter)
-    reading: "Future[None] | None" = None
-
-    def reference(self) -> Reference:
-        """The page's reference; waits for the engine."""
-        if self.reading is not None:
-            self.reading.result()
-        return self.text
 
 
 class SpeculativeDocumentPipeline(SpeculativePipeline):
@@ -166,7 +80,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         _name_of(self.drafter)
         self.prompt = PARSE_PROMPTS.get(reader.model.config.model_type, PARSE_PROMPT)
         self.clear_store()
-        self._engines: dict[str, Engine] = {}
+        self._ocr_readers: dict[str, OcrReader] = {}
         self._has_warned = False
 
     @classmethod
@@ -236,6 +150,31 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         for text in texts:
             self.store.observe(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def read_ahead(
+        self, image: Image.Image, *, ocr: str | None = "auto", drafter: DrafterSpec = None
+    ) -> Reading | None:
+        """Reads a page with an OCR engine, to be given to a later call as its reference.
+
+        For threads beside a running call; each gets an engine of its own.
+
+        Args:
+            image: The page.
+            ocr: As in the call.
+            drafter: As in the call.
+
+        Returns:
+            What was found; None if ``ocr`` is None or the drafter is given no references.
+
+        Raises:
+            ValueError: If the engine is unknown or not installed.
+        """
+        if _name_of(drafter or self.drafter) not in _GUIDED:
+            return None
+        reader = self._ocr_reader(ocr)
+        if reader is None:
+            return None if ocr is None else _UNREAD
+        return reader(image)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -243,6 +182,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         *,
         references: Any = None,
         ocr: str | None = "auto",
+        ocr_workers: int = 1,
         prompt: str | None = None,
         store: bool = True,
         regions: bool = False,
@@ -254,9 +194,12 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         Args:
             pages: A PIL image or the path of a file, or a list of them.
             references: Texts that the output probably resembles, such as a PDF's text layer: one
-                for a single page, or a list with a text, a `PageText` or None for each.
+                for a single page, or a list with a text, a `PageText`, a `Reading` of
+                `read_ahead` or None for each.
             ocr: What reads pages without a reference: a name of `mmspec.ocr.ENGINES`, "auto" (the
-                first that is installed), or None. It works beside the target.
+                first that is installed), or None. It works beside the target, on the pages of
+                later batches too.
+            ocr_workers: Threads in which it does, each with an engine of its own.
             prompt: What the model is asked; None is what its family was trained on, or
                 `PARSE_PROMPT`.
             store: Draft from earlier pages, those of earlier calls included, and keep these.
@@ -276,13 +219,14 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         drafter = options.pop("drafter", None) or self.drafter
         name = _name_of(drafter)
         check_positive("batch_size", batch_size)
+        check_positive("ocr_workers", ocr_workers)
         require(prompt is None or isinstance(prompt, str), "prompt", "None or a text", prompt)
         if prompt is None and self.model.config.model_type == "vision-encoder-decoder":
             raise ValueError(
                 "prompt must be given: what begins a page depends on the checkpoint (Nougat's "
                 "start token, the token of one of Donut's tasks)"
             )
-        work = _opened_pages(pages, references)
+        work = opened_pages(pages, references)
         batches = [work[first : first + batch_size] for first in range(0, len(work), batch_size)]
         seeds = _seeds_by_batch(options.pop("generator", None), batches)
         self.reader.check(len(batches[0]), **options)
@@ -290,7 +234,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         drafter = None if name == "auto" else drafter
         memory = self.store if store else None
         outputs: list[WrittenOutput] = []
-        pool = ThreadPoolExecutor(max_workers=1)
+        pool = ThreadPoolExecutor(max_workers=ocr_workers)
         self._interrupt = False
         try:
             if is_guided:
@@ -309,7 +253,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
                     break
         finally:
             pool.shutdown(cancel_futures=True)
-        return _gathered(work, outputs, time.perf_counter() - started, len(batches))
+        return gathered(work, outputs, time.perf_counter() - started, len(batches))
 
     def _ask(self, images: list[Image.Image], prompt: str | None, **options: Any) -> WrittenOutput:
         """What the model answers for each image."""
@@ -327,24 +271,31 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         assert isinstance(answer, WrittenOutput)
         return answer
 
-    def _begin_reading(self, work: list[_Page], ocr: str | None, pool: ThreadPoolExecutor) -> None:
+    def _begin_reading(self, work: list[Page], ocr: str | None, pool: ThreadPoolExecutor) -> None:
         """Sets the OCR engine to work on the pages without a reference."""
-        unread = [page for page in work if page.source == "none"]
+        unread = [page for page in work if page.source == "none" and page.error is None]
+        reader = self._ocr_reader(ocr) if unread or ocr != "auto" else None
+        for page in unread:
+            if reader is not None:
+                page.reading = pool.submit(reader, page.image)
+            elif ocr == "auto":
+                page.take(_UNREAD)
+
+    def _ocr_reader(self, ocr: str | None) -> OcrReader | None:
+        """What reads pages; None if nothing does."""
         if ocr == "auto":
             ocr = next(iter(installed_engines()), None)
-            if ocr is None and unread:
-                self._warn_once()
-                for page in unread:
-                    page.error = _NO_ENGINE
+            if ocr is None and not self._has_warned:
+                self._has_warned = True
+                logger.warning("pages are drafted from n-grams alone: %s", _UNREAD.error)
         if ocr is None:
-            return
-        if ocr not in self._engines:
-            self._engines[ocr] = open_engine(ocr)
-        for page in unread:
-            page.reading = pool.submit(_read, page, ocr, self._engines[ocr])
+            return None
+        if ocr not in self._ocr_readers:
+            self._ocr_readers[ocr] = OcrReader(ocr)
+        return self._ocr_readers[ocr]
 
     def _read_regions(
-        self, batch: list[_Page], drafter: DrafterSpec, prompt: str | None, options: dict[str, Any]
+        self, batch: list[Page], drafter: DrafterSpec, prompt: str | None, options: dict[str, Any]
     ) -> None:
         """Has the model read the parts of each page; what it writes is the page's reference."""
         kept = {name: options[name] for name in options.keys() - _OF_THE_PAGE_ALONE}
@@ -358,7 +309,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
                 crop = page.image.crop(
                     (0, max(top - _MARGIN, 0), page.image.width, bottom + _MARGIN)
                 )
-                part = _Page(crop, text=text)
+                part = Page(crop, text=text)
                 if isinstance(text, PageText) and text.words:
                     part.text = text.between(top, bottom)
                 parts.append(part)
@@ -371,11 +322,6 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
             page.text, page.source = "\n\n".join(map(str.strip, answer.texts)), "regions"
             page.region_stats = answer.stats
 
-    def _warn_once(self) -> None:
-        if not self._has_warned:
-            logger.warning("pages are drafted from n-grams alone: %s", _NO_ENGINE)
-        self._has_warned = True
-
 
 def _name_of(drafter: DrafterSpec) -> str:
     """The name of a drafter.
@@ -387,7 +333,7 @@ def _name_of(drafter: DrafterSpec) -> str:
 
 
 def _guided(
-    drafter: DrafterSpec, batch: Sequence[_Page], tokenizer: Any, memory: NgramTrie | None
+    drafter: DrafterSpec, batch: Sequence[Page], tokenizer: Any, memory: NgramTrie | None
 ) -> DrafterSpec:
     """The drafter of a batch: references and earlier pages."""
     options = {} if drafter is None else parse_spec(drafter)[1]
@@ -401,51 +347,7 @@ def _guided(
     }
 
 
-def _read(page: _Page, name: str, engine: Engine) -> None:
-    """Gives a page the text that an engine finds on it."""
-    started = time.perf_counter()
-    try:
-        text = engine(page.image)
-    except Exception as error:  # a draft is no reason to lose the page, whatever the engine does
-        page.error = f"{name} failed: {error}"
-        logger.warning("a page is drafted from n-grams alone: %s", page.error)
-        return
-    finally:
-        page.ocr_time_s = time.perf_counter() - started
-    if text.text.strip():
-        page.text, page.source = text, name
-    else:
-        page.error = f"{name} found no text"
-
-
-def _opened_pages(pages: Any, references: Any) -> list[_Page]:
-    """Pages in memory, with the references that were given.
-
-    Raises:
-        ValueError: If a page cannot be read, or there is not one reference for each.
-    """
-    given = list(pages) if isinstance(pages, list | tuple) else [pages]
-    if not given:
-        raise ValueError("at least one page is needed, got an empty list")
-    if references is None or isinstance(references, str | PageText):
-        references = [references] if references is None or len(given) == 1 else references
-        texts = references * len(given) if isinstance(references, list) else None
-    else:
-        texts = list(references) if isinstance(references, list | tuple) else None
-    is_good = texts is not None and len(texts) == len(given)
-    require(is_good, "references", f"one text or None for each of {len(given)} pages", references)
-    work = []
-    for index, (picture, text) in enumerate(zip(given, texts or [], strict=True)):
-        is_text = text is None or isinstance(text, str | PageText)
-        require(is_text, f"reference {index}", "a text, a PageText or None", text)
-        page = _Page(opened(picture, f"page {index}"))
-        if text is not None and (text if isinstance(text, str) else text.text).strip():
-            page.text, page.source = text, "given"
-        work.append(page)
-    return work
-
-
-def _seeds_by_batch(generator: Any, batches: list[list[_Page]]) -> list[Any]:
+def _seeds_by_batch(generator: Any, batches: list[list[Page]]) -> list[Any]:
     """The generators of each batch.
 
     Raises:
@@ -458,42 +360,3 @@ def _seeds_by_batch(generator: Any, batches: list[list[_Page]]) -> list[Any]:
     require(len(generator) == num_pages, "generator", f"one per page, {num_pages}", generator)
     ordered = iter(generator)
     return [[next(ordered) for _ in batch] for batch in batches]
-
-
-def _gathered(
-    work: list[_Page], outputs: list[WrittenOutput], wall_time_s: float, num_batches: int
-) -> DocumentOutput:
-    rows = [
-        (text, tokens, stats)
-        for output in outputs
-        for text, tokens, stats in zip(output.texts, output.tokens, output.row_stats, strict=True)
-    ]
-    pages = [
-        PageOutput(
-            text=text,
-            tokens=tokens,
-            stats=stats,
-            reference=page.source,
-            sources=dict(page.counts),
-            ocr_time_s=page.ocr_time_s,
-            region_stats=page.region_stats,
-            error=page.error,
-        )
-        for page, (text, tokens, stats) in zip(work, rows, strict=False)
-    ]
-    in_regions = [page.region_stats for page in pages if page.region_stats is not None]
-    batches = [output.stats for output in outputs]
-    num_row_steps = sum(sum(page.stats.accepted_histogram) for page in pages)
-    num_units = sum(page.stats.num_units for page in pages)
-    return DocumentOutput(
-        pages=pages,
-        stats=DocumentStats(
-            num_pages=len(pages),
-            num_units=num_units,
-            num_target_forwards=sum(one.num_target_forwards for one in batches + in_regions),
-            tau=num_units / num_row_steps if num_row_steps else 0.0,
-            ocr_time_s=sum(page.ocr_time_s for page in pages),
-            wall_time_s=wall_time_s,
-        ),
-        interrupted=len(outputs) < num_batches or outputs[-1].interrupted,
-    )

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mmspec.documents import Reader
 from mmspec.jobs.captions import image_request
 from mmspec.jobs.documents import ParseJob, markdown
 from mmspec.jobs.journal import Journal
+from mmspec.ocr import PageText
 from mmspec.pipelines import SpeculativeDocumentPipeline, SpeculativeVLMPipeline
 
 
@@ -152,7 +154,8 @@ def documents(pictures):
 
 
 def without_figures(path):
-    return [{**record, "tau": 0, "seconds": 0} for record in records_of(path)]
+    figures = dict.fromkeys(("tau", "seconds", "ocr_seconds", "wait_seconds"), 0)
+    return [record | figures for record in records_of(path)]
 
 
 def test_a_parsed_page_is_that_of_the_pipeline(vlm, documents, tmp_path):
@@ -210,6 +213,45 @@ def test_the_budget_of_a_page_is_the_models_own(vlm, documents, tmp_path):
     for more, most in (([], 3), (["--max-new-tokens", 7], 7)):
         records = [json.loads(line) for line in run(*command, *more).stdout.splitlines()]
         assert max(record["num_tokens"] for record in records) == most
+
+
+def test_ocr_reads_ahead_what_has_no_text_layer_and_no_record(
+    vlm, documents, tmp_path, monkeypatch
+):
+    read = []
+
+    def engine(image):
+        read.append((threading.current_thread().name.split("_")[0], image.size))
+        if image.size == (8, 8):
+            raise RuntimeError("too small")
+        time.sleep(0.02)
+        return PageText("what is it")
+
+    monkeypatch.setattr("mmspec.ocr_reading.open_engine", lambda name: engine)
+    monkeypatch.setattr("mmspec.jobs.documents.open_engine", lambda name: engine)
+    command = ["parse", documents, "--recursive", "--model", vlm, *PARSE, "--ocr", "tesserocr"]
+    outs = {}
+    for prefetch, size, workers in ((0, 1, 1), (1, 1, 1), (2, 2, 2)):
+        read.clear()
+        out = outs[prefetch] = tmp_path / f"{prefetch}.jsonl"
+        ahead = ["--prefetch", prefetch, "--batch-size", size, "--ocr-workers", workers]
+        summary = json.loads(run(*command, "--out", out, "--json", *ahead).stdout)
+        assert sorted(size for _, size in read) == [(8, 8), (40, 30), (40, 30)]
+        threads = {name for name, _ in read}
+        assert (threads == {"mmspec-read"}) is (prefetch > 0)
+        assert summary["ocr_seconds"] >= 0.04
+        assert summary["wait_seconds"] < summary["seconds"]
+    whole = without_figures(outs[0])
+    drafts = ["text layer", "text layer", "none", "tesserocr", "tesserocr"]
+    assert [record["drafts"] for record in whole] == drafts
+    assert whole[2]["note"] == "tesserocr failed: too small"
+    assert without_figures(outs[1]) == without_figures(outs[2]) == whole
+    lines = outs[1].read_bytes().splitlines(keepends=True)
+    outs[1].write_bytes(b"".join(lines[:4]) + lines[4][:60])
+    read.clear()
+    run(*command, "--out", outs[1])
+    assert len(read) == 1
+    assert without_figures(outs[1]) == whole
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -3,7 +3,6 @@
 import difflib
 import importlib.util
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -141,14 +140,20 @@ def test_the_text_between_two_heights():
 # --------------------------------------------------------------------------- what is missing
 
 
-def test_one_thread_unless_something_else_is_asked_for():
-    code = "import mmspec.ocr, os; print(os.environ['OMP_THREAD_LIMIT'])"
-    for given, expected in (({}, "1"), ({"OMP_THREAD_LIMIT": "3"}, "3")):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_THREAD_LIMIT"} | given
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-        )
-        assert done.stdout.strip() == expected, done.stderr
+@pytest.mark.parametrize("given", [None, "3"])
+def test_tesseract_is_loaded_with_one_thread_and_nothing_else_is(monkeypatch, tmp_path, given):
+    """Unless something else is asked for."""
+    (tmp_path / "tesserocr.py").write_text(
+        "import os\nraise ImportError('limit ' + os.environ['OMP_THREAD_LIMIT'])"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tesserocr", raising=False)
+    monkeypatch.delenv("OMP_THREAD_LIMIT", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_THREAD_LIMIT", given)
+    with pytest.raises(ValueError, match=f"limit {given or 1}"):
+        open_engine("tesserocr")
+    assert os.environ.get("OMP_THREAD_LIMIT") == given
 
 
 @pytest.mark.parametrize(("name", "extra"), [("tesserocr", "ocr"), ("rapidocr", "rapidocr")])

@@ -121,8 +121,7 @@ class ReferenceDrafter:
         """What follows in reference and memory, as far as it is worth verifying."""
         rows = self._rows
         if plan.width == 1:
-            self._found = []
-            self._ngram.rest()
+            self._rest()
             return root_only(rows)
         budget, least = plan.width - 1, least_score(plan)
         told = [
@@ -156,6 +155,14 @@ class ReferenceDrafter:
                     self._sources[row].update(self._origins(row, new, outcome.num_accepted[row]))
                 if follower is not None:
                     follower.learn(new)
+
+    def _rest(self) -> None:
+        """Looks for nothing in this step, so that nothing is learnt of drafts."""
+        self._found = []
+        self._ngram.rest()
+        for follower in self._followers:
+            if follower is not None:
+                follower.rest()
 
     def _merged(self, found: Sequence[Draft], budget: int) -> Draft:
         if self._num_places == 1:
@@ -225,10 +232,12 @@ class _Follower:
         self._num_characters = _CHARACTERS_PER_TOKEN
         self._read: list[int] = []
         self._unread: list[int] = []
+        self._noted: list[int] = []
 
     def find(self, tail: list[int], budget: int) -> Draft:
         """What follows the tail, its scores the chances of its nodes."""
         self._raw = Draft()
+        self._catch_up()
         brought = self._brought / self._drafted
         if brought < _LEAST_TOKENS and self._alignment.num_agreed < _EVIDENCE:
             return self._raw
@@ -244,15 +253,24 @@ class _Follower:
         self._raw = chains[0] if len(chains) == 1 else merge(chains, budget)
         return self._calibration.calibrated(self._raw)
 
+    def rest(self) -> None:
+        """Drafts nothing in this step."""
+        self._raw = Draft()
+
     def learn(self, new: Sequence[int]) -> None:
-        """Reads what was committed behind the tail."""
+        """Notes what was committed behind the tail. It is read when a draft is next looked for."""
         self._calibration.learn(self._raw, new)
         if self._raw.tokens:
             held = _held(self._raw, new)
             self._right = self._right * _MEMORY + (held > 0)
             self._brought = self._brought * _MEMORY + held
             self._drafted = self._drafted * _MEMORY + 1
-        for token in new:
+        self._noted += new
+
+    def _catch_up(self) -> None:
+        """Reads what was noted: all of it costs as much, but a drafter that rests may not wake."""
+        noted, self._noted = self._noted, []
+        for token in noted:
             if token in self._spelling.markup:
                 self._read_text()
                 self._alignment.extend(self._spelling.text([token]), is_markup=True)

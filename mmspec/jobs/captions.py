@@ -65,6 +65,10 @@ class CaptionJob:
         """
         return Reader().read(task.file, task.page or 1)
 
+    def look(self, pipe: Any, sheet: Sheet) -> Sheet:
+        """Nothing is known of a picture beforehand."""
+        return sheet
+
     def write(self, pipe: Any, tasks: Sequence[PageTask], sheets: Sequence[Sheet]) -> list[Answer]:
         """Captions pictures together.
 

@@ -50,6 +50,7 @@ class ParseJob:
         options: ``max_new_tokens`` and ``drafter`` of the call; None is the model's or, where it
             says nothing, the pipeline's.
         ocr: Engine that drafts where a page has no text layer: "auto", a name, or None.
+        ocr_workers: Threads of that engine.
         prompt: What is asked of each page; None is what the model was trained on.
         regions: Read regions of a page first and the page with them.
     """
@@ -60,6 +61,7 @@ class ParseJob:
     reader: Reader
     options: Mapping[str, Any]
     ocr: str | None = "auto"
+    ocr_workers: int = 1
     prompt: str | None = None
     regions: bool = False
 
@@ -104,6 +106,13 @@ class ParseJob:
             raise ValueError(f"{task} is blank: there is no text to read")
         return sheet
 
+    def look(self, pipe: Any, sheet: Sheet) -> Sheet:
+        """Has the OCR read a page that has no text layer."""
+        if sheet.text is not None:
+            return sheet
+        reading = pipe.read_ahead(sheet.image, ocr=self.ocr, drafter=self.options["drafter"])
+        return replace(sheet, text=reading)
+
     def write(self, pipe: Any, tasks: Sequence[PageTask], sheets: Sequence[Sheet]) -> list[Answer]:
         """Parses pages together.
 
@@ -116,6 +125,7 @@ class ParseJob:
             [sheet.image for sheet in sheets],
             references=[sheet.text for sheet in sheets],
             ocr=self.ocr,
+            ocr_workers=self.ocr_workers,
             prompt=self.prompt,
             regions=self.regions,
             batch_size=len(tasks),
@@ -123,12 +133,13 @@ class ParseJob:
         )
         seconds = (time.perf_counter() - started) / len(tasks)
         return [
-            _answer(task, page, seconds) for task, page in zip(tasks, result.pages, strict=True)
+            _answer(task, page, sheet.wait_time_s, seconds)
+            for task, page, sheet in zip(tasks, result.pages, sheets, strict=True)
         ]
 
 
-def _answer(task: PageTask, page: Any, seconds: float) -> Answer:
-    """The record of a page; its seconds are its share of its batch."""
+def _answer(task: PageTask, page: Any, wait_s: float, seconds: float) -> Answer:
+    """The record of a page; its seconds are its share of its batch, and those it was waited for."""
     record = {
         "file": task.file,
         "page": task.page,
@@ -138,11 +149,15 @@ def _answer(task: PageTask, page: Any, seconds: float) -> Answer:
         "drafts": "text layer" if page.reference == "given" else page.reference,
         "note": page.error,
         "tau": round(page.stats.tau, 3),
-        "seconds": round(seconds, 3),
+        "seconds": round(seconds + wait_s, 3),
+        "ocr_seconds": round(page.ocr_time_s, 3),
+        "wait_seconds": round(page.ocr_wait_s + wait_s, 3),
         "error": None,
     }
     return Answer(
         record=record,
+        ocr_time_s=page.ocr_time_s,
+        wait_time_s=page.ocr_wait_s + wait_s,
         num_tokens=len(page.tokens),
         num_row_steps=sum(page.stats.accepted_histogram),
     )

@@ -6,9 +6,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from mmspec.documents import Sheet
 from mmspec.jobs import Report
 from mmspec.jobs.journal import Entry, Journal, Key
 from mmspec.jobs.pages import Answer, PageJob, PageTask, answer, failure
+from mmspec.jobs.read_ahead import read_ahead
 from mmspec.jobs.workers import deal
 
 
@@ -22,6 +24,8 @@ class PagesSummary:
         num_skipped: Those that were done before.
         num_tokens: Tokens written now.
         num_row_steps: Forwards that took, counted once for every page that took part.
+        ocr_seconds: Of OCR, mostly while the model wrote other pages.
+        wait_seconds: In which the model waited for pages to be drawn and for their OCR.
         seconds: Of this run.
     """
 
@@ -30,6 +34,8 @@ class PagesSummary:
     num_skipped: int = 0
     num_tokens: int = 0
     num_row_steps: int = 0
+    ocr_seconds: float = 0.0
+    wait_seconds: float = 0.0
     seconds: float = 0.0
 
     @property
@@ -50,6 +56,8 @@ class PagesSummary:
             "skipped": self.num_skipped,
             "tokens": self.num_tokens,
             "tau": None if self.tau is None else round(self.tau, 3),
+            "ocr_seconds": round(self.ocr_seconds, 3),
+            "wait_seconds": round(self.wait_seconds, 3),
             "seconds": round(self.seconds, 3),
             "pages_per_minute": round(self.pages_per_minute, 2),
         }
@@ -97,6 +105,8 @@ def run_pages(
     num_workers: int,
     report: Report,
     after_batch: Callable[[Sequence[Answer]], None],
+    prefetch: int = 1,
+    num_readers: int = 1,
 ) -> PagesSummary:
     """Does the pages that are missing.
 
@@ -110,6 +120,9 @@ def run_pages(
         num_workers: Processes, each with a model; 1 is this process.
         report: Told of workers that died.
         after_batch: Told the answers of each batch when they are on the disk.
+        prefetch: Batches whose pages are read ahead while the model writes; no others are in
+            memory. Several workers read nothing ahead: while one reads, another one writes.
+        num_readers: Threads in which they are.
 
     Raises:
         OSError: If the records cannot be written.
@@ -124,7 +137,7 @@ def run_pages(
     todo = [task for task in missing if task.error is None]
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     if num_workers == 1 or len(batches) <= 1:
-        done = _one_by_one(job, batches)
+        done = _one_by_one(job, batches, prefetch, num_readers)
     else:
         done = deal(job, batches, num_workers=num_workers, report=report)
     with closing(done):  # ends the workers, whatever happens here
@@ -132,6 +145,8 @@ def run_pages(
             journal.add([one.record for one in answers])
             summary.num_tokens += sum(one.num_tokens for one in answers)
             summary.num_row_steps += sum(one.num_row_steps for one in answers)
+            summary.ocr_seconds += sum(one.ocr_time_s for one in answers)
+            summary.wait_seconds += sum(one.wait_time_s for one in answers)
             after_batch(answers)
     journal.sort([task.key for task in tasks], _stale_in(tasks))
     summary.num_failed = sum(journal.entries[task.key].has_failed for task in tasks)
@@ -140,11 +155,21 @@ def run_pages(
 
 
 def _one_by_one(
-    job: PageJob, batches: Sequence[Sequence[PageTask]]
+    job: PageJob, batches: Sequence[Sequence[PageTask]], prefetch: int, num_readers: int
 ) -> Generator[list[Answer], None, None]:
-    if batches:
-        pipe = job.load()
+    if not batches:
+        return
+    pipe = job.load()
+    if not prefetch:
         yield from (answer(job, pipe, batch) for batch in batches)
+        return
+
+    def read(task: PageTask) -> Sheet:
+        return job.look(pipe, job.read(task))
+
+    with closing(read_ahead(read, batches, prefetch, num_readers)) as coming:
+        for batch, sheet_of in coming:
+            yield answer(job, pipe, batch, sheet_of)
 
 
 def _stale_in(tasks: Sequence[PageTask]) -> Callable[[Key, Entry], bool]:

@@ -3,8 +3,9 @@
 A page that cannot be read or answered gets a record with the reason, and the others go on.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,11 +47,15 @@ class Answer:
         record: For the journal.
         num_tokens: Tokens written.
         num_row_steps: Forwards in which the page took part.
+        ocr_time_s: Seconds of OCR.
+        wait_time_s: Seconds in which the model waited until the page was drawn and its OCR done.
     """
 
     record: Mapping[str, Any]
     num_tokens: int = 0
     num_row_steps: int = 0
+    ocr_time_s: float = 0.0
+    wait_time_s: float = 0.0
 
     @property
     def error(self) -> str | None:
@@ -74,6 +79,9 @@ class PageJob(Protocol):
         Raises:
             ValueError: If it is of no use; names it.
         """
+
+    def look(self, pipe: Any, sheet: Sheet) -> Sheet:
+        """Finds out what can be known of a page beforehand; in a thread, while the model writes."""
 
     def write(self, pipe: Any, tasks: Sequence[PageTask], sheets: Sequence[Sheet]) -> list[Answer]:
         """Answers pages together.
@@ -128,17 +136,32 @@ def failure(task: PageTask, reason: object) -> Answer:
     return Answer(record=record | {"text": None, "num_tokens": 0, "error": named})
 
 
-def answer(job: PageJob, pipe: Any, tasks: Sequence[PageTask]) -> list[Answer]:
-    """Does a batch of pages; the bad ones among them get their reason."""
+def answer(
+    job: PageJob,
+    pipe: Any,
+    tasks: Sequence[PageTask],
+    read: Callable[[PageTask], Sheet] | None = None,
+) -> list[Answer]:
+    """Does a batch of pages; the bad ones among them get their reason.
+
+    Args:
+        job: What to do with a page.
+        pipe: What the job has loaded.
+        tasks: The pages.
+        read: Gives a page that was read ahead, or raises a ValueError; None reads it now.
+    """
     answers: dict[Key, Answer] = {}
     good: list[PageTask] = []
     sheets: list[Sheet] = []
     for task in tasks:
+        started = time.perf_counter()
         try:
-            sheets.append(job.read(task))
-            good.append(task)
+            sheet = (read or job.read)(task)
         except ValueError as error:
             answers[task.key] = failure(task, error)
+            continue
+        good.append(task)
+        sheets.append(replace(sheet, wait_time_s=time.perf_counter() - started))
     written = _written(job, pipe, good, sheets) if good else []
     answers |= {task.key: one for task, one in zip(good, written, strict=True)}
     return [answers[task.key] for task in tasks]

@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_model
 from vlm_processors import LETTERS, tokenizer
 
+from mmspec.drafters.alignment import Alignment
 from mmspec.drafters.reference import ReferenceDrafter
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
@@ -36,8 +37,8 @@ def rows_of(prompts, **options):
     )
 
 
-def forwards(reference, truth=TRUTH, width=16, **options):
-    """Forwards until a target that writes the truth has done so."""
+def forwards(reference, truth=TRUTH, width=16, resting=range(1), **options):
+    """Forwards until a target that writes the truth has done so; some steps are plain."""
     rows = rows_of([LETTER.encode("=")])
     options = {"references": [reference], "tokenizer": LETTER, "branching": 1} | options
     drafter = ReferenceDrafter(rows, len(LETTER), **options)
@@ -45,7 +46,7 @@ def forwards(reference, truth=TRUTH, width=16, **options):
     wanted = [*LETTER.encode(truth), END]
     count = 0
     while wanted:
-        proposal = drafter.propose(Plan(width=width if count else 1, prices=FREE))
+        proposal = drafter.propose(Plan(width=1 if count in resting else width, prices=FREE))
         drafts = proposal.tokens_BN[0, 1 : 1 + proposal.num_drafted[0]].tolist()
         agreed = next(
             (i for i, (a, b) in enumerate(zip(drafts, wanted, strict=False)) if a != b), len(drafts)
@@ -73,6 +74,28 @@ def test_a_reference_that_is_the_output_takes_a_forward_per_width(width):
     """The first step is plain; every later one brings its width, the end included."""
     # A chain needs some trust before it is drafted whole, and every draft has it at these prices.
     assert forwards(TRUTH, width=width) == 1 + math.ceil(len(TRUTH) / width)
+
+
+@pytest.mark.parametrize("length", [8, 40])
+def test_a_rest_says_nothing_about_a_reference(length):
+    """Behind it drafts are as long as before; what was written meanwhile is read then."""
+    rests = [0, *range(2, 2 + length)]
+    assert forwards(TRUTH, width=64) == 4
+    assert forwards(TRUTH, width=64, resting=rests) == 4 + length
+
+
+def test_a_drafter_that_rests_to_the_end_reads_no_more(monkeypatch):
+    read = []
+    own = Alignment.extend
+
+    def extend(alignment, text, **options):
+        read.append(text)
+        own(alignment, text, **options)
+
+    monkeypatch.setattr(Alignment, "extend", extend)
+    rests = [0, *range(3, 1000)]
+    assert forwards(TRUTH, resting=rests) == 3 + len(TRUTH) + 1 - (1 + 2 * 16)
+    assert "".join(read) == TRUTH[: 1 + 16]
 
 
 def test_without_a_reference_there_is_retrieval_alone():

@@ -53,6 +53,7 @@ def run(
     retry_errors=False,
     ranges=None,
     password=None,
+    **ahead,
 ):
     """Runs a job; returns the summary, the records, and what it said."""
     tasks = list_tasks(list(find_files([folder], DOCUMENTS)), Reader(password=password), ranges)
@@ -67,6 +68,7 @@ def run(
             num_workers=num_workers,
             report=said.append,
             after_batch=seen.extend,
+            **ahead,
         )
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(seen) == summary.num_pages - summary.num_skipped
@@ -103,6 +105,16 @@ def test_bad_pages_get_their_reason_and_the_others_their_text(folder, tmp_path, 
     assert texts[3:] == [f"(9, 9) ({n}, 0, 0)" for n in range(6)]
     assert summary.num_tokens == sum(map(len, texts))
     assert summary.tau == pytest.approx(summary.num_tokens / (4 * 9))
+
+
+def test_reading_ahead_changes_nothing(folder, tmp_path):
+    run(folder, tmp_path / "now.jsonl", prefetch=0)
+    for batch_size, prefetch, num_readers in ((1, 3, 1), (2, 1, 3), (20, 2, 2)):
+        out = tmp_path / f"{batch_size}.jsonl"
+        ahead = {"prefetch": prefetch, "num_readers": num_readers}
+        _, records, _ = run(folder, out, batch_size=batch_size, **ahead)
+        assert is_bad_as_expected(records)
+        assert out.read_bytes() == (tmp_path / "now.jsonl").read_bytes()
 
 
 def test_a_batch_that_fails_is_done_page_by_page(folder, tmp_path):

@@ -1,11 +1,14 @@
 """Document pipeline: the tokens of plain decoding, whatever the drafts are made of."""
 
+import time
+
 import pytest
 import torch
 from PIL import Image
 from vlm import tiny_vlm
 from vlm_processors import PROCESSORS
 
+import mmspec.ocr_reading as ocr_reading
 import mmspec.pipelines.document as document
 from mmspec.ocr import PageText, Word
 from mmspec.pipelines import SpeculativeDocumentPipeline
@@ -152,7 +155,7 @@ def test_engines_read_the_pages_without_reference(pipe, plain, monkeypatch, capl
     words = plain.pages[0].text
     boxed = PageText(words, (Word(words, 0.9, (0, 0, 48, 64), len(words)),))
     read_by = {"tesserocr": Reader([boxed, PageText(" \n"), RuntimeError("broken")])}
-    monkeypatch.setattr(document, "open_engine", read_by.get)
+    monkeypatch.setattr(ocr_reading, "open_engine", read_by.get)
     monkeypatch.setattr(document, "installed_engines", lambda: ["tesserocr"])
     fresh = make_pipe()
     out = read(fresh, [*PAGES, PAGES[0]], ocr="auto", references=[None, " ", None, words])
@@ -166,6 +169,39 @@ def test_engines_read_the_pages_without_reference(pipe, plain, monkeypatch, capl
     ]
     assert "broken" in caplog.text
     assert out.pages[0].ocr_time_s > 0 == out.pages[3].ocr_time_s
+
+
+def test_pages_that_were_read_ahead_are_not_read_again(pipe, plain, monkeypatch):
+    words = PageText(plain.pages[0].text)
+    engines = iter([Reader([words, RuntimeError("broken")])])
+    monkeypatch.setattr(ocr_reading, "open_engine", lambda name: next(engines))
+    fresh = make_pipe()
+    readings = [fresh.read_ahead(page, ocr="tesserocr") for page in PAGES[:2]]
+    assert fresh.read_ahead(PAGES[0], ocr="tesserocr", drafter="jacobi") is None
+    assert fresh.read_ahead(PAGES[0], ocr=None) is None
+    # The engine has nothing more to read from, so a third page would fail.
+    out = read(fresh, PAGES[:2], references=readings, ocr="tesserocr")
+    assert tokens_of(out) == tokens_of(plain)[:2]
+    assert [one.reference for one in out.pages] == ["tesserocr", "none"]
+    assert [one.error for one in out.pages] == [None, "tesserocr failed: broken"]
+    assert [one.ocr_time_s for one in out.pages] == [one.time_s for one in readings]
+    assert out.stats.ocr_wait_s == 0.0 < out.stats.ocr_time_s
+
+
+def test_the_seconds_of_waiting_are_told(pipe, plain, monkeypatch):
+    """Three engines read at once; the call waits for the slowest, not for their sum."""
+
+    def slow(image):
+        time.sleep(0.3)
+        return PageText(plain.pages[0].text)
+
+    monkeypatch.setattr(ocr_reading, "open_engine", lambda name: slow)
+    out = read(make_pipe(), ocr="tesserocr", ocr_workers=3, batch_size=3)
+    assert tokens_of(out) == tokens_of(plain)
+    assert out.stats.ocr_time_s >= 0.9
+    assert out.stats.ocr_wait_s < 0.6
+    alone = read(make_pipe(), PAGES[:1], ocr="tesserocr").pages[0]
+    assert 0.0 < alone.ocr_wait_s <= alone.ocr_time_s
 
 
 def test_without_an_engine_auto_says_so(plain, monkeypatch, caplog):
@@ -211,8 +247,13 @@ REFUSED = [
     ([PAGES[0], 3], {}, "page 1 must be a PIL image or the path of a file"),
     (PAGES, {"references": "one"}, "references must be one text or None for each of 3 pages"),
     (PAGES[0], {"references": [None, "b"]}, "references must be one text or None for each of 1"),
-    (PAGES[0], {"references": [3]}, "reference 0 must be a text, a PageText or None, got 3"),
+    (
+        PAGES[0],
+        {"references": [3]},
+        "reference 0 must be a text, a PageText, a Reading or None, got 3",
+    ),
     (PAGES[0], {"ocr": "nonsense"}, "unknown OCR engine 'nonsense'; known: tesserocr, rapidocr"),
+    (PAGES[0], {"ocr_workers": 0}, "ocr_workers must be an integer >= 1, got 0"),
     (PAGES[0], {"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
     (PAGES[0], {"prompt": 3}, "prompt must be None or a text, got 3"),
     (PAGES[0], {"drafter": "nonsense"}, "unknown drafter 'nonsense'"),
