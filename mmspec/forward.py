@@ -309,15 +309,17 @@ class SlotForward:
         # Added to the scores: eager attention wants it so, and sdpa would convert in each layer.
         # The least number, not -inf: a padding node that sees nothing must not turn into NaN.
         dtype, device = self.model.dtype, depth_BN.device
-        least = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
+        least = torch.finfo(dtype).min
 
         def build(window: int | None) -> Tensor:
             if past is not None and (window is None or extent <= window):
                 # Each node sees the cached tokens, the nodes before it and itself.
-                causal_NS = least.repeat(depth_BN.shape[1], extent).triu_(past + 1)
+                size = (depth_BN.shape[1], extent)
+                causal_NS = torch.full(size, least, dtype=dtype, device=device).triu_(past + 1)
                 return causal_NS.expand(len(depth_BN), 1, -1, -1)
             mask = slot_mask(cached_B, ancestors_BNN, depth_BN, extent, window)
-            return torch.where(mask, torch.zeros_like(least), least)
+            zero = torch.zeros((), dtype=dtype, device=device)
+            return torch.where(mask, zero, least)
 
         if not self._layer_types:
             return build(self._window)

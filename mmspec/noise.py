@@ -95,7 +95,7 @@ def _position_hash(
 
 def _unit_interval(bits: Tensor) -> Tensor:
     """The low 31 of 32 bits to a float32 strictly inside (0, 1), exact for small values."""
-    unit = bits.bitwise_and(_MAX_32).to(torch.float32).add_(0.5).mul_(2.0**-31)
+    unit = bits.bitwise_and_(_MAX_32).to(torch.float32).add_(0.5).mul_(2.0**-31)
     return unit.clamp_(max=1.0 - 2.0**-24)
 
 

@@ -60,20 +60,33 @@ def pack_chain(
         raise ValueError(
             f"num_drafted must hold {num_rows} counts of 0 to {num_nodes - 1}, got {num_drafted!r}"
         )
-    device = tokens_BN.device
-    node = torch.arange(num_nodes, device=device)
-    count_B = torch.tensor(list(num_drafted), device=device)
-    tokens_BN, valid_BN = _validated(tokens_BN, node <= count_B[:, None], vocab_size)
+    parents_BN, depth_BN, ancestors_BNN = _chains(num_rows, num_nodes, tokens_BN.device)
+    drafted_BN = None
+    if min(num_drafted) < num_nodes - 1:
+        count_B = torch.tensor(list(num_drafted), device=tokens_BN.device)
+        drafted_BN = depth_BN <= count_B[:, None]
+    tokens_BN, valid_BN = _validated(tokens_BN, drafted_BN, vocab_size)
     return Proposal(
         tokens_BN=tokens_BN,
         valid_BN=valid_BN,
-        parents_BN=(node - 1).clamp(min=0).expand(num_rows, -1),
-        depth_BN=node.expand(num_rows, -1),
-        ancestors_BNN=(node[:, None] >= node).expand(num_rows, -1, -1),
+        parents_BN=parents_BN,
+        depth_BN=depth_BN,
+        ancestors_BNN=ancestors_BNN,
         is_chain=True,
         num_drafted=tuple(num_drafted),
         num_levels=tuple(num_drafted),
         draft_probs_BNV=draft_probs_BNV,
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _chains(num_rows: int, num_nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents, depth and ancestors of chains; windows of one width ask in every step."""
+    node = torch.arange(num_nodes, device=device)
+    return (
+        (node - 1).clamp(min=0).expand(num_rows, -1),
+        node.expand(num_rows, -1),
+        (node[:, None] >= node).expand(num_rows, -1, -1),
     )
 
 
@@ -167,12 +180,15 @@ def _check_tree(tokens: Sequence[int], parents: Sequence[int], width: int) -> No
             raise ValueError(f"parent of node {index} must come before it, got {parent}")
 
 
-def _validated(tokens_BN: Tensor, valid_BN: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _validated(
+    tokens_BN: Tensor, drafted_BN: Tensor | None, vocab_size: int
+) -> tuple[Tensor, Tensor]:
     """Ids outside the vocabulary become invalid before anything can embed them."""
-    inside = (tokens_BN >= 0) & (tokens_BN < vocab_size)
+    valid_BN = (tokens_BN >= 0) & (tokens_BN < vocab_size)
+    if drafted_BN is not None:
+        valid_BN &= drafted_BN
     # The root is committed; in image generation it may be a text token of another vocabulary.
-    inside[:, 0] = True
-    valid_BN = valid_BN & inside
+    valid_BN[:, 0] = True
     return torch.where(valid_BN, tokens_BN, 0), valid_BN
 
 
@@ -220,12 +236,12 @@ def walk(
     depth_BN = proposal.depth_BN
     if proposal.width == 1:
         return depth_BN, depth_BN[:, 0]
+    if proposal.is_chain:
+        fits = (proposal.tokens_BN[:, 1:] == choices_BN[:, :-1]) & proposal.valid_BN[:, 1:]
+        return depth_BN, fits.cumprod(1).sum(1)
     parent_choice = choices_BN.gather(1, proposal.parents_BN)
     fits = (proposal.tokens_BN == parent_choice) & proposal.valid_BN
     fits |= depth_BN == 0
-    if proposal.is_chain:
-        num_accepted_B = fits.long().cumprod(1).sum(1) - 1
-        return depth_BN, num_accepted_B
     fits &= ~_repeats(proposal)
     survives = ~(proposal.ancestors_BNN & ~fits[:, None, :]).any(-1)
     reach = torch.where(survives, depth_BN, -1)

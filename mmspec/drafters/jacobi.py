@@ -87,12 +87,15 @@ class JacobiDrafter:
         self._allowed = allowed
         # A ring by position: far enough back for the row above, far enough ahead for the window.
         self._ring = 2 * max_width + longest + 1
+        # New positions look no further back from the end of the known ones.
+        self._num_looked_at = longest + 1
         self._laws_BRV: Tensor | None = None
         self._guesses_BR: Tensor | None = None
         self._settled_BR: Tensor | None = None
         self._known_B = rows.lengths_B.clone()  # laws are known for positions below this
         self._host_known = [len(tokens) for tokens in rows.host_tokens]  # the same on the host
         self._row_B1 = torch.arange(rows.num_rows, device=rows.lengths_B.device)[:, None]
+        self._ahead = torch.arange(max_width, device=rows.lengths_B.device)
 
     def prefill(self) -> None:
         """Reads nothing."""
@@ -117,8 +120,7 @@ class JacobiDrafter:
         if self._laws_BRV is None or width == 1:
             # Before the first forward nothing is known that could be accepted.
             return root_only(rows)
-        ahead = torch.arange(1, width, device=rows.lengths_B.device)
-        position = rows.lengths_B[:, None] - 1 + ahead
+        position = rows.last_B[:, None] + self._ahead[1:width]
         # Rules that compare tokens need no laws, and only new positions have none to guess by.
         num_known = 0 if self._keep_laws else self._num_known(width - 1)
         guesses, laws = self._guesses_at(position, num_known)
@@ -163,6 +165,10 @@ class JacobiDrafter:
 
     def _store(self, laws: Tensor, slot_BN: Tensor, roots: list[int]) -> None:
         """Puts the laws into the ring; nodes past a row's limit may fall anywhere behind it."""
+        if not self._keep_laws and laws.shape[1] > self._num_looked_at:
+            # The others are laws of positions with a guess, which only some rules ask for.
+            roots = [root + laws.shape[1] - self._num_looked_at for root in roots]
+            laws, slot_BN = laws[:, -self._num_looked_at :], slot_BN[:, -self._num_looked_at :]
         ring, num_nodes = self._laws_BRV, laws.shape[1]
         if len(set(roots)) > 1:
             # Whole laws by index: a scatter would go number by number.
@@ -192,7 +198,10 @@ class JacobiDrafter:
         known, stored = stored[:, :num_known], stored[:, num_known:]
         position = position[:, num_known:]
         is_known = position < self._known_B[:, None]
-        laws = self._laws_at(torch.where(is_known, position, self._neighbour(position)))
+        source = self._neighbour(position)
+        if self._keep_laws:
+            source = torch.where(is_known, position, source)
+        laws = self._laws_at(source)
         if self._init != "above" and self._stride is not None:
             laws = torch.where(is_known[..., None], laws, self._mixed(laws))
         if self._allowed is not None:

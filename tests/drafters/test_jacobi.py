@@ -1,18 +1,20 @@
 """What a Jacobi window remembers, forgets, and hands on."""
 
+import itertools
 import types
 
 import pytest
 import torch
 from tiny import VOCAB, make_engine, make_rows, tiny_model
-from toys import random_table, run_toy, toy_rows
+from toys import TableTarget, random_table, run_toy, toy_rows
 
 from mmspec.drafters import build_drafter
-from mmspec.drafters.jacobi import JacobiDrafter, default_window
+from mmspec.drafters.jacobi import INITS, JacobiDrafter, default_window
 from mmspec.law_config import LawConfig
 from mmspec.records import Outcome, Plan, Scores, Verdict
 from mmspec.sampling import build_law
 from mmspec.speculation import Settings
+from mmspec.verify import SeededMatch
 
 V = 5
 
@@ -147,6 +149,31 @@ def test_greedy_windows_converge_in_fewer_steps_than_tokens():
     assert made.stats.num_target_forwards < 40
     assert made.stats.tau > 1.05
     assert max(made.units[0]) < VOCAB
+
+
+@pytest.mark.parametrize(
+    "stride", [None, 3, torch.tensor([0, 0, 0, 3, 3, 2] * 4)], ids=["none", "one", "each"]
+)
+@pytest.mark.parametrize("init", INITS)
+def test_laws_that_no_new_position_looks_at_need_not_be_stored(init, stride):
+    """The exact rule stores the end of each window only, and guesses as with all laws at hand."""
+    table = random_table(1, 24, V) + 2 * torch.randn(24, 1, 1, V, dtype=torch.float64)
+    drafted = []
+    for keep_laws in (True, False):
+        rows = toy_rows(3, 24, seed=2)
+        target, rule = TableTarget(rows, table), SeededMatch(build_law(LawConfig()), rows)
+        drafter = make(rows, stride=stride, init=init, keep_laws=keep_laws)
+        widths, tokens = itertools.cycle((8, 1, 2, 8, 6)), []
+        while not rows.is_done:
+            proposal = drafter.propose(Plan(width=next(widths)))
+            scores = target.score(proposal)
+            verdict = rule.verify(proposal, scores)
+            # Behind a row's limit nobody looks at a guess.
+            counts = proposal.valid_BN & (proposal.depth_BN <= rows.room_B[:, None])
+            tokens.append(proposal.tokens_BN.where(counts, -1).tolist())
+            drafter.commit(proposal, scores, verdict, target.commit(proposal, verdict))
+        drafted.append(tokens)
+    assert drafted[0] == drafted[1]
 
 
 def test_options():

@@ -34,17 +34,10 @@ DEFAULTS = {
 DRAFTER_DEFAULTS = {"drafter_steps": 1, "drafter_guidance_scale": 1.0, "router": "first-block"}
 
 
-#: Sizes of models, their trainings one after the other, and the folders that they go to.
-EXPORTED = (
-    ("target", ("target", "target-own"), "clips"),
-    ("drafter", ("drafter",), "clips-drafter"),
-)
-
-
-def make_pipeline(size: str, checkpoint: Path) -> AnyFlowFARPipeline:
+def make_pipeline(size: str, work_dir: Path) -> AnyFlowFARPipeline:
     """The averaged weights of a training as a pipeline; only the target has a text encoder."""
     trained = Trainable(size)
-    trained.load_state_dict(torch.load(checkpoint)["average"])
+    trained.load_state_dict(torch.load(work_dir / f"{size}.pt")["average"])
     transformer = make_transformer(size)
     transformer.load_state_dict(trained.transformer.state_dict())
     has_text = size == "target"
@@ -52,7 +45,7 @@ def make_pipeline(size: str, checkpoint: Path) -> AnyFlowFARPipeline:
         tokenizer=make_tokenizer() if has_text else None,
         text_encoder=make_text_encoder() if has_text else None,
         transformer=transformer.half(),
-        vae=load_vae(checkpoint.parent).half(),
+        vae=load_vae(work_dir).half(),
         scheduler=FlowMapEulerDiscreteScheduler(),
     )
 
@@ -63,12 +56,9 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    for size, checkpoints, name in EXPORTED:
-        last = args.work_dir / f"{checkpoints[-1]}.pt"
-        make_pipeline(size, last).save_pretrained(args.out / name)
-        logs = [args.work_dir / f"{checkpoint}.jsonl" for checkpoint in checkpoints]
-        text = "".join(log.read_text() for log in logs)
-        (args.out / name / "training_log.jsonl").write_text(text)
+    for size, name in (("target", "clips"), ("drafter", "clips-drafter")):
+        make_pipeline(size, args.work_dir).save_pretrained(args.out / name)
+        shutil.copyfile(args.work_dir / f"{size}.jsonl", args.out / name / "training_log.jsonl")
     folder = args.out / "clips"
     shutil.copyfile(args.work_dir / "classifier.safetensors", folder / "classifier.safetensors")
     for name, defaults in (("clips", DEFAULTS), ("clips-drafter", DRAFTER_DEFAULTS)):

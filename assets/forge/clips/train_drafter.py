@@ -9,18 +9,16 @@ Behind its first block a clip is nearly determined by what came before and by th
 drafter learns to go from noise straight to the next block: its velocity is compared with
 ``noise - clip`` where it starts at pure noise, or halfway on its own line. What it reads of the
 past is what it has made itself, some blocks back, and what it should come to is the drawn clip:
-errors do not add up (`training.own_past`; scheduled sampling, Bengio et al. 2015,
+errors do not add up (`own_past`; scheduled sampling, Bengio et al. 2015,
 arXiv:1506.03099; for video, self forcing, Huang et al. 2025, arXiv:2506.08009, there with a loss
 on laws instead of on a clip).
 """
-
-import argparse
 
 import torch
 from torch import Tensor
 
 from .model import Trainable
-from .training import own_past, parse_arguments, train
+from .training import parse_arguments, train
 
 #: Layers of the target that the drafter starts from.
 LAYERS = (0, 3)
@@ -46,6 +44,29 @@ def start_from_target(model: Trainable, state: dict[str, Tensor]) -> None:
     model.load_state_dict(kept)
 
 
+@torch.no_grad()
+def own_past(model: Trainable, clean: Tensor, text: Tensor) -> Tensor:
+    """What the model may find behind itself: clips, of which some blocks are its own.
+
+    All blocks are made at once, in one step each, and again from those. What is its own after k
+    rounds has k blocks of its own behind it, as far as there are so many. The first block, and a
+    tenth of the others, stay as they are drawn: they stand for blocks of the target.
+
+    Args:
+        model: The drafter.
+        clean: Drawn clips, ``[N, blocks, C, H, W]``.
+        text: Prompts, ``[N, tokens, channels]``.
+    """
+    past = clean + CONTEXT_NOISE * torch.rand(len(clean), 1, 1, 1, 1) * torch.randn_like(clean)
+    is_own = torch.rand(clean.shape[:2]) < OWN_SHARE
+    is_own[:, 0] = False
+    start, ones = torch.randn_like(clean), torch.ones(clean.shape[:2])
+    for _ in range(int(torch.randint(ROUNDS, ()))):
+        made = start - model(start, past, ones, 0 * ones, text).float()
+        past = torch.where(is_own[..., None, None, None], made, past)
+    return past
+
+
 def drafted(model: Trainable, noise: Tensor, past: Tensor, text: Tensor, has_half: bool) -> Tensor:
     """Where the model goes from noise, ``[N, blocks, C, H, W]``; over the middle if asked."""
     ones = torch.ones(noise.shape[:2])
@@ -60,7 +81,7 @@ def training_loss(
     model: Trainable, average: Trainable, clean: Tensor, text: Tensor, step: int
 ) -> tuple[str, Tensor]:
     """Mean square error of blocks made from noise and from a past that is partly the model's."""
-    past = own_past(model, clean, text, rounds=ROUNDS, share=OWN_SHARE, noise=CONTEXT_NOISE)
+    past = own_past(model, clean, text)
     noise = torch.randn_like(clean)
     has_half = bool(torch.rand(()) < HALF_SHARE)
     made = drafted(model, noise, past, text, has_half)
@@ -71,8 +92,7 @@ def training_loss(
 
 def main() -> None:
     """Trains for the given time and writes `drafter.pt`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    args = parse_arguments(parser, 30.0, 1.5e-3)
+    args = parse_arguments(__doc__.splitlines()[0], 30.0, 1.5e-3)
     target = torch.load(args.work_dir / "target.pt")["average"]
 
     def start(model: Trainable) -> None:

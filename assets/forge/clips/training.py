@@ -21,8 +21,9 @@ EMPTY_SHARE, AVERAGE = 0.08, 0.999
 Loss = Callable[[Trainable, Trainable, Tensor, Tensor, int], tuple[str, Tensor]]
 
 
-def parse_arguments(parser: argparse.ArgumentParser, minutes: float, lr: float) -> Any:
-    """Adds the options of every training, and reads them."""
+def parse_arguments(description: str, minutes: float, lr: float) -> argparse.Namespace:
+    """The options of a training."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -38,9 +39,8 @@ def train(
     seed: int,
     cooldown: float,
     start: Any = None,
-    name: str | None = None,
 ) -> None:
-    """Trains for the given time, or goes on where it was stopped, and writes ``NAME.pt``.
+    """Trains for the given time, or goes on where it was stopped, and writes ``SIZE.pt``.
 
     Args:
         size: "target" or "drafter".
@@ -49,13 +49,12 @@ def train(
         seed: Of weights, batches and noise.
         cooldown: Share of the time in which the rate of learning falls.
         start: Called with the model before the first step.
-        name: Of the checkpoint; None is the size.
     """
     torch.manual_seed(seed)
     model, average = Trainable(size), Trainable(size).requires_grad_(False)
     optimizers = make_optimizers(model, args.lr)
     state: dict[str, Any] = {"step": 0, "time_s": 0.0}
-    path = args.work_dir / f"{name or size}.pt"
+    path = args.work_dir / f"{size}.pt"
     if path.exists():
         state = torch.load(path)
         model.load_state_dict(state["model"])
@@ -67,33 +66,6 @@ def train(
     average.load_state_dict(state.get("average", model.state_dict()))
     with path.with_suffix(".jsonl").open("a") as log:
         run(path, args, loss_of, cooldown, (model, average, optimizers), state, log)
-
-
-@torch.no_grad()
-def own_past(
-    model: Trainable, clean: Tensor, text: Tensor, *, rounds: int, share: float, noise: float
-) -> Tensor:
-    """What a model may find behind itself: clips, of which some blocks are its own.
-
-    All blocks are made at once, in one step each, and again from those. What is its own after k
-    rounds has at least k blocks of its own behind it, as far as there are so many.
-
-    Args:
-        model: Makes the blocks.
-        clean: Drawn clips, ``[N, blocks, C, H, W]``.
-        text: Prompts.
-        rounds: One of 0 .. rounds - 1 is drawn.
-        share: Of blocks that become its own; the first never does.
-        noise: On the drawn clips, at most.
-    """
-    past = clean + noise * torch.rand(len(clean), 1, 1, 1, 1) * torch.randn_like(clean)
-    is_own = torch.rand(clean.shape[:2]) < share
-    is_own[:, 0] = False
-    start, ones = torch.randn_like(clean), torch.ones(clean.shape[:2])
-    for _ in range(int(torch.randint(rounds, ()))):
-        made = start - model(start, past, ones, 0 * ones, text).float()
-        past = torch.where(is_own[..., None, None, None], made, past)
-    return past
 
 
 def make_optimizers(model: Trainable, lr: float) -> list[torch.optim.Optimizer]:
