@@ -198,14 +198,17 @@ def _validated(
 def ancestors(parents_BN: Int[Tensor, "B N"], max_depth: int) -> Bool[Tensor, "B N N"]:
     """``[b, i, j]`` is True where j is i or an ancestor of i.
 
-    Squares the parent relation, so the number of steps is logarithmic in the depth.
+    Every node takes over what a node above it sees, from twice as far up each time, so the number
+    of steps is logarithmic in the depth.
     """
     num_rows, num_nodes = parents_BN.shape
-    eye = torch.eye(num_nodes, device=parents_BN.device).expand(num_rows, -1, -1)
-    reach = eye.scatter(2, parents_BN[..., None], 1.0)
+    eye = torch.eye(num_nodes, dtype=torch.bool, device=parents_BN.device)
+    reach = eye.expand(num_rows, -1, -1).scatter(2, parents_BN[..., None], True)
+    up_BN = parents_BN
     for _ in range(max(max_depth - 1, 0).bit_length()):
-        reach = (reach @ reach).clamp_(max=1.0)
-    return reach > 0.5
+        up_BN = up_BN.gather(1, up_BN)
+        reach = reach | reach.gather(1, up_BN[..., None].expand_as(reach))
+    return reach
 
 
 def nodes_on_path(

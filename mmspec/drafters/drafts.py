@@ -1,5 +1,6 @@
 """What a retrieval drafter drafts: chains and trees with scores, grown, merged and calibrated."""
 
+import functools
 import heapq
 import math
 from collections import defaultdict
@@ -106,8 +107,10 @@ def grow_tree(
         if trusted < least:
             return
         for token, share, after in followers(place, path):
-            item = (-trusted * share, next(ticks), length + 1, (*path, token), after)
-            heapq.heappush(heap, item)
+            # What scores less is never taken.
+            if trusted * share >= least:
+                item = (-trusted * share, next(ticks), length + 1, (*path, token), after)
+                heapq.heappush(heap, item)
 
     longest, weight = 0, 1.0
     for length, place in anchors:
@@ -132,6 +135,7 @@ def grow_tree(
     return Draft(tokens, parents, longest, scores)
 
 
+@functools.lru_cache(maxsize=1024)
 def _trust(length: int) -> float:
     return confidence(length, 1) if length else _NO_CONTEXT_TRUST
 
