@@ -107,10 +107,8 @@ def grow_tree(
         if trusted < least:
             return
         for token, share, after in followers(place, path):
-            # What scores less is never taken.
-            if trusted * share >= least:
-                item = (-trusted * share, next(ticks), length + 1, (*path, token), after)
-                heapq.heappush(heap, item)
+            item = (-trusted * share, next(ticks), length + 1, (*path, token), after)
+            heapq.heappush(heap, item)
 
     longest, weight = 0, 1.0
     for length, place in anchors:
