@@ -29,6 +29,9 @@ class RetrievalSchedule:
 
     Each width has a price: a share of the units that plain steps would bring while its longer
     forward takes.
+
+    A plain step right behind an asked one takes a quarter more than one of a run of them, which is
+    what decoding without drafts consists of. So it is not timed; the step behind it is.
     """
 
     #: Share of that price; near break-even the seconds hardly change, while more units per forward
@@ -81,6 +84,7 @@ class RetrievalSchedule:
         self._steps = 0
         self._asked = 1
         self._last_plain = 0
+        self._follows_ask = False
         self._units_per_ask = 1.0
         self._warned = False
 
@@ -108,13 +112,16 @@ class RetrievalSchedule:
             self._has_begun = True
             return
         key = record.width if record.width > 1 or self._asked == 1 else IN_VAIN
-        self._costs.add(key, record.wall_time_s)
+        is_timed = self._asked > 1 or not self._follows_ask or self._cost(1) is None
+        self._follows_ask = self._asked > 1
+        if is_timed:
+            self._costs.add(key, record.wall_time_s)
         slowest, _ = self._progress.advance(record)
         # A batch ends with its slowest row, but steps get shorter whenever one ends.
         units = 0.5 * (slowest + sum(record.num_emitted) / max(sum(record.was_active), 1))
         plain = self._cost(1)
         if self._asked == 1:
-            self._last_plain = self._steps
+            self._last_plain = self._steps if is_timed else self._last_plain
         elif plain is not None:
             # A compilation is no measure of the speed: what is usual for the width counts.
             took = min(record.wall_time_s, self._cost(key) or math.inf)

@@ -283,6 +283,18 @@ def test_the_time_of_looking_in_vain_is_not_that_of_a_plain_step():
     assert list(schedule.costs[IN_VAIN]) == [1.8] * 3
 
 
+def test_a_plain_step_behind_an_asked_one_is_not_what_plain_decoding_costs():
+    """Lone plain steps take longer; drafts that only beat those rest all the same."""
+    schedule, asked, known = free_schedule({1: [1.0] * 3}), [True], set()
+    for _ in range(700):
+        asked.append(schedule.plan().width > 1)
+        is_lone = asked[-2] and not asked[-1]
+        schedule.observe(record(4, 2.3, 1) if asked[-1] else record(1, 1.3 if is_lone else 1.0))
+        known |= set(schedule.costs[1])
+    assert known == {1.0}
+    assert 0.3 * sum(asked) < 0.06 * len(asked)
+
+
 def test_drafts_that_do_not_pay_rest_longer_and_longer_until_they_do():
     schedule, asked = free_schedule({1: [1.0] * 3}), []
     for _ in range(700):
@@ -314,7 +326,8 @@ def test_a_free_drafter_is_plain_first_and_once_more_unless_it_gains_much():
             took = record(width, 1 + 0.01 * width, accepted if width > 1 else 0)
             schedule.observe(took)
     assert slow_widths[0] == fast_widths[0] == 1  # what a draft must bring is not known before
-    assert slow_widths.count(1) == 2
+    # The second time takes two steps, for the one behind a draft is not timed.
+    assert slow_widths.count(1) == 3
     assert fast_widths.count(1) == 1
 
 

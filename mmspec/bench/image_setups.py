@@ -130,6 +130,8 @@ def judge_of(name: str) -> Judge | None:
 class _WordLengths:
     """Words to ids, for a model that has learned none."""
 
+    unk_token_id = None
+
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [1, *(5 + len(word) for word in text.split()), 98]}
 

@@ -265,7 +265,7 @@ def test_bad_options_are_refused(options, message, tmp_path):
 def test_a_bundled_target_may_draft_for_itself():
     pair = load_pair("clips", "dense", "cpu", "self", num_inference_steps=4, drafter_steps=None)
     assert pair.drafter is None
-    assert (pair.options["num_inference_steps"], pair.drafter_steps) == (4, 2)
+    assert (pair.options["num_inference_steps"], pair.drafter_steps) == (4, 3)
     assert (len(pair.prompts), pair.num_judged, pair.num_blocks) == (320, 256, 9)
 
 
