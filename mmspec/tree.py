@@ -18,6 +18,7 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -132,35 +133,29 @@ def pack_trees(
     Raises:
         ValueError: If a row has too many drafts or a parent that does not come before its child.
     """
-    token_rows, parent_rows, depth_rows = [], [], []
     for row_tokens, row_parents in zip(tokens, parents, strict=True):
         _check_tree(row_tokens, row_parents, width)
-        depths = [0]
-        for parent in row_parents:
-            depths.append(depths[parent + 1] + 1)
-        padding = width - len(depths)
-        token_rows.append([0, *row_tokens] + [-1] * padding)
-        # A padding node hangs under the root, where it cannot be mistaken for an ancestor.
-        parent_rows.append([0, *(parent + 1 for parent in row_parents)] + [0] * padding)
-        depth_rows.append(depths + [1] * padding)
-    device = roots_B.device
-    tokens_BN = torch.tensor(token_rows, device=device)
-    tokens_BN[:, 0] = roots_B
-    parents_BN = torch.tensor(parent_rows, device=device)
-    depth_BN = torch.tensor(depth_rows, device=device)
-    drafted = tuple(len(row) for row in tokens)
-    node = torch.arange(width, device=device)
-    is_chain = all(p == list(range(-1, len(p) - 1)) for p in map(list, parents))
-    if is_chain:
+    drafted = tuple(map(len, tokens))
+    # Padding is no token, and hangs under the root, where nobody takes it for an ancestor.
+    token_rows = [[0, *row, *[-1] * (width - 1 - len(row))] for row in tokens]
+    if all(list(row) == list(range(-1, len(row) - 1)) for row in parents):
+        tokens_BN = torch.from_numpy(np.array(token_rows, dtype=np.int64)).to(roots_B.device)
+        tokens_BN[:, 0] = roots_B
         return pack_chain(tokens_BN, drafted, vocab_size)
-    count_B = torch.tensor(drafted, device=device)
-    tokens_BN, valid_BN = _validated(tokens_BN, node <= count_B[:, None], vocab_size)
+    parent_rows = [[0, *(p + 1 for p in row), *[0] * (width - 1 - len(row))] for row in parents]
+    depth_rows = list(map(_depths, parent_rows))
+    # All is known on the host, where these are not worth a tensor's call: only the result moves.
+    packed_3BN = np.array([token_rows, parent_rows, depth_rows], dtype=np.int64)
+    is_valid_BN = (packed_3BN[0] >= 0) & (packed_3BN[0] < vocab_size)
+    packed_3BN[0] *= is_valid_BN
+    tokens_BN, parents_BN, depth_BN = torch.from_numpy(packed_3BN).to(roots_B.device).unbind()
+    tokens_BN[:, 0] = roots_B
     return Proposal(
         tokens_BN=tokens_BN,
-        valid_BN=valid_BN,
+        valid_BN=torch.from_numpy(is_valid_BN).to(roots_B.device),
         parents_BN=parents_BN,
         depth_BN=depth_BN,
-        ancestors_BNN=ancestors(parents_BN, max(max(row) for row in depth_rows)),
+        ancestors_BNN=ancestors(parents_BN, int(packed_3BN[2].max())),
         is_chain=False,
         num_drafted=drafted,
         num_levels=tuple(
@@ -168,6 +163,14 @@ def pack_trees(
         ),
         branching=max(max(Counter(row).values(), default=1) for row in map(list, parents)),
     )
+
+
+def _depths(parents: Sequence[int]) -> list[int]:
+    """Depth of each node of a packed tree, the root's being 0."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return depths
 
 
 def _check_tree(tokens: Sequence[int], parents: Sequence[int], width: int) -> None:
@@ -195,14 +198,17 @@ def _validated(
 def ancestors(parents_BN: Int[Tensor, "B N"], max_depth: int) -> Bool[Tensor, "B N N"]:
     """``[b, i, j]`` is True where j is i or an ancestor of i.
 
-    Squares the parent relation, so the number of steps is logarithmic in the depth.
+    Every node takes over what a node above it sees, from twice as far up each time, so the number
+    of steps is logarithmic in the depth.
     """
     num_rows, num_nodes = parents_BN.shape
-    eye = torch.eye(num_nodes, device=parents_BN.device).expand(num_rows, -1, -1)
-    reach = eye.scatter(2, parents_BN[..., None], 1.0)
+    eye = torch.eye(num_nodes, dtype=torch.bool, device=parents_BN.device)
+    reach = eye.expand(num_rows, -1, -1).scatter(2, parents_BN[..., None], True)
+    up_BN = parents_BN
     for _ in range(max(max_depth - 1, 0).bit_length()):
-        reach = (reach @ reach).clamp_(max=1.0)
-    return reach > 0.5
+        up_BN = up_BN.gather(1, up_BN)
+        reach = reach | reach.gather(1, up_BN[..., None].expand_as(reach))
+    return reach
 
 
 def nodes_on_path(
@@ -240,21 +246,17 @@ def walk(
         fits = (proposal.tokens_BN[:, 1:] == choices_BN[:, :-1]) & proposal.valid_BN[:, 1:]
         return depth_BN, fits.cumprod(1).sum(1)
     parent_choice = choices_BN.gather(1, proposal.parents_BN)
-    fits = (proposal.tokens_BN == parent_choice) & proposal.valid_BN
-    fits |= depth_BN == 0
-    fits &= ~_repeats(proposal)
-    survives = ~(proposal.ancestors_BNN & ~fits[:, None, :]).any(-1)
-    reach = torch.where(survives, depth_BN, -1)
-    num_accepted_B, leaf_B = reach.max(1).values, reach.argmax(1)
+    fits = (proposal.tokens_BN == parent_choice) & proposal.valid_BN & (depth_BN > 0)
+    # The root needs no choice; every other node needs all its ancestors.
+    fits = (fits & ~_repeats(proposal, fits)) | (depth_BN == 0)
+    survives = (proposal.ancestors_BNN <= fits[:, None]).all(-1)
+    num_accepted_B, leaf_B = torch.where(survives, depth_BN, -1).max(1)
     path = nodes_on_path(proposal.ancestors_BNN, depth_BN, leaf_B, proposal.width)
     return path, num_accepted_B
 
 
-def _repeats(proposal: Proposal) -> Bool[Tensor, "B N"]:
-    """Nodes with the token of an earlier valid sibling."""
-    tokens_BN, parents_BN = proposal.tokens_BN, proposal.parents_BN
-    is_twin = (tokens_BN[:, :, None] == tokens_BN[:, None]) & proposal.valid_BN[:, None]
-    is_twin &= parents_BN[:, :, None] == parents_BN[:, None]
-    # The root is its own parent, but nobody's sibling.
-    is_twin &= (proposal.depth_BN > 0)[:, None]
-    return is_twin.tril(-1).any(-1)
+def _repeats(proposal: Proposal, fits_BN: Bool[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
+    """Nodes behind a sibling that fits; of those that fit, all have the token of the choice."""
+    parents_BN = proposal.parents_BN
+    is_sibling = parents_BN[:, :, None] == parents_BN[:, None]
+    return (is_sibling & fits_BN[:, None]).tril_(-1).any(-1)

@@ -232,7 +232,7 @@ def tests_reused_in_later_steps(monkeypatch):
 def twins_kept(monkeypatch):
     from mmspec import tree
 
-    monkeypatch.setattr(tree, "_repeats", lambda p: torch.zeros_like(p.valid_BN))
+    monkeypatch.setattr(tree, "_repeats", lambda _, fits: torch.zeros_like(fits))
 
 
 def nothing(monkeypatch):

@@ -85,7 +85,7 @@ def run(
     dtype: Annotated[str, typer.Option(help="Of float32, bfloat16, ...")] = "float32,bfloat16",
     temperature: Annotated[str, typer.Option(help="0 is greedy.")] = "0,1",
     batch: Annotated[str, typer.Option(help="Rows per call.")] = "1,8",
-    captions: Annotated[int | None, typer.Option(help="Pictures; all if unset.")] = None,
+    captions: Annotated[int | None, typer.Option(help="Pictures; past 24 drawn ones.")] = None,
     series: Annotated[int, typer.Option(help="Pictures of a series; at least a batch.")] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "--tokens", help="Cap on a caption.")

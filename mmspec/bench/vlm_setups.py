@@ -21,9 +21,11 @@ from mmspec.adapters import vision_language
 from mmspec.assets import bundled_names, bundled_path
 from mmspec.bench.measure import Sample, timed
 from mmspec.bench.setups import DTYPES, seeded, static_card, step_figures
+from mmspec.checks import require
 from mmspec.engine import Engine
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
+from mmspec.pipelines.image import SpeculativeImagePipeline
 from mmspec.rows import TokenRows
 from mmspec.sampling import build_law
 from mmspec.speculation import Settings, build_engine
@@ -193,7 +195,11 @@ def _tiny_processor() -> Any:
 
 
 def load_captions(model: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Pictures to caption, held out from the model's training: ``limit`` of them."""
+    """Pictures to caption, held out from the model's training: ``limit`` of them.
+
+    Beyond those that come with the captioner, `bundled:avatars` draws them, of its own held-out
+    captions.
+    """
     if model == TINY:
         return [
             {
@@ -209,16 +215,33 @@ def load_captions(model: str, limit: int | None = None) -> list[dict[str, Any]]:
         raise ValueError(f"no pictures to caption come with {model!r}")
     folder = bundled_path(model) / "samples"
     rows = _json_lines(folder / "samples.jsonl")[:limit]
+    pictures = {Path(row["file"]).stem: _opened(folder / row["file"]) for row in rows}
+    pictures |= _drawn_avatars((limit or 0) - len(rows))
     return [
         {
-            "id": Path(row["file"]).stem,
+            "id": name,
             "kind": "captions",
             "prompt": "describe",
-            "image": _opened(folder / row["file"]),
+            "image": picture,
             "max_new_tokens": 40,
         }
-        for row in rows
+        for name, picture in pictures.items()
     ]
+
+
+def _drawn_avatars(count: int) -> dict[str, Image.Image]:
+    """Pictures of held-out captions, seeded; none if ``count`` is below 1."""
+    if count < 1:
+        return {}
+    entries = _json_lines(bundled_path("avatars") / "heldout_fresh.jsonl")
+    if count > len(entries):
+        rule = f"at most {len(entries)} more than come with the captioner"
+        require(False, "captions", rule, count)
+    pipe = SpeculativeImagePipeline.from_pretrained("bundled:avatars")
+    pipe.set_progress_bar_config(disable=True)
+    captions = [entry["caption"] for entry in entries[:count]]
+    images = pipe(captions, generator=seeded(0, count), batch_size=8).images
+    return {f"drawn-{number:03d}": image for number, image in enumerate(images)}
 
 
 def load_pages(model: str, kinds: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a retrieval drafter drafts: chains and trees with scores, grown, merged and calibrated."""
 
+import functools
 import heapq
 import math
 from collections import defaultdict
@@ -132,6 +133,7 @@ def grow_tree(
     return Draft(tokens, parents, longest, scores)
 
 
+@functools.lru_cache(maxsize=1024)
 def _trust(length: int) -> float:
     return confidence(length, 1) if length else _NO_CONTEXT_TRUST
 

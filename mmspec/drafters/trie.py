@@ -309,16 +309,19 @@ class NgramTrie:
             ]
         text = self._texts.get(place.next // _STRIDE, [])
         latest = text[place.next % _STRIDE] if text else -1
-        scanned = dict(islice(reversed(place.children.items()), _MAX_SCANNED_CHILDREN))
-        if latest in place.children:
-            scanned[latest] = place.children[latest]
-        total = sum(child.count for child in scanned.values())
+        scanned = place.children
+        if len(scanned) > _MAX_SCANNED_CHILDREN:
+            scanned = dict(islice(reversed(scanned.items()), _MAX_SCANNED_CHILDREN))
+            if latest in place.children:
+                scanned[latest] = place.children[latest]
+        total = sum([child.count for child in scanned.values()])
         ranked = [
             ((child.count / total + (token == latest)) / 2, token)
             for token, child in scanned.items()
         ]
+        ranked.sort(reverse=True)
         found: list[tuple[int, float, _Node | int]] = []
-        for share, token in heapq.nlargest(limit, ranked):
+        for share, token in ranked[:limit]:
             child = scanned[token]
             after = place.next + 1 if token == latest else child.next
             found.append((token, share, child if child.children else after))
