@@ -21,9 +21,11 @@ from .train_vae import as_video
 
 
 def averages(frames: Tensor, prompts: list[str]) -> dict[str, float]:
-    """Means of every score."""
+    """Means of every score, and of the difference of neighbouring pixels: how sharp clips are."""
     scores = score_clips(frames, prompts)
-    return {name: round(mean(score[name] for score in scores), 4) for name in scores[0]}
+    found = {name: round(mean(score[name] for score in scores), 4) for name in scores[0]}
+    steps = [frames.diff(dim=dim).abs().mean().item() for dim in (-2, -1)]
+    return found | {"gradient": round(sum(steps), 4)}
 
 
 @torch.no_grad()
