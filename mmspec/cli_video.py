@@ -50,8 +50,8 @@ VIDEO_EXAMPLES = examples(
 CALIBRATE_EXAMPLES = examples(
     "mmspec calibrate --router first-block+temporal --prompts prompts.txt --accept-rate 0.7 \\",
     "    --out temporal.json",
-    "mmspec calibrate --router temporal:see=seam --prompts prompts.txt --budget 0.01 \\",
-    "    --losses losses.jsonl --out seam.json",
+    "mmspec calibrate --router temporal:see=seam --prompts prompts.txt --budget 0.02 \\",
+    "    --out seam.json",
     'mmspec video "a red bag moving up slowly" \\',
     "    --router first-block+temporal:calibration=temporal.json",
     "",
@@ -60,10 +60,12 @@ CALIBRATE_EXAMPLES = examples(
     "with another aim, and what is there is not made again. One more video, by the target alone,",
     "says what a block of it costs.",
     "",
+    "--budget alone measures what a kept draft loses: the target writes the block too, behind the",
+    "same drafts and from the same noise, and pixels are compared. NAME.losses.jsonl keeps it.",
+    "",
     '--losses has a line for each drafted block: {"file": "0000-00", "block": 1, "loss": 0.02},',
-    "the quality that is lost if the draft is kept. The measure is yours: make each video twice,",
-    "with the router at the threshold -inf and with never, and compare it block by block. Names",
-    "and blocks are those of NAME.scores.jsonl; docs/video.md has such a program.",
+    "the quality that is lost by a measure of yours. Names and blocks are those of",
+    "NAME.scores.jsonl.",
 )
 
 ModelOption = Annotated[str, typer.Option(help=f"{KNOWN_VIDEO_MODELS}.")]
@@ -213,12 +215,15 @@ def calibrate(
         float | None, typer.Option(help="Share of the drafts to keep, such as 0.7.")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Instead, with --losses: the mean loss allowed per block.")
+        float | None, typer.Option(help="Instead: the mean loss allowed per block, such as 0.02.")
     ] = None,
     losses: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="With --budget: the loss of each block, .jsonl."
+            exists=True,
+            dir_okay=False,
+            help="With --budget: the loss of each block by a measure of your own, .jsonl; left "
+            "out: how far a draft's pixels (0 to 1) are from what the target makes there.",
         ),
     ] = None,
     num: NumOption = 1,

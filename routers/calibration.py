@@ -146,13 +146,16 @@ def _within(scores: list[float], losses: Sequence[float], budget: float) -> tupl
     require(is_good, "losses", f"finite numbers, one per score, {len(scores)}", losses)
     require(is_number(budget), "budget", "a finite number", budget)
     pairs = list(zip(scores, losses, strict=True))
+    least = math.inf
     # A threshold of the sample keeps its ties too, so each is tried with all of them.
     for threshold in sorted({one for one in scores if not math.isnan(one)}):
         kept = [loss for score, loss in pairs if score >= threshold]
         mean_loss = math.fsum(kept) / len(scores)
         if mean_loss <= budget:
             return threshold, mean_loss
-    raise ValueError(f"no threshold keeps a block within the budget {budget}")
+        least = min(least, mean_loss)
+    reason = f"the least mean loss is {least:.6g}"
+    raise ValueError(f"no threshold keeps a block within the budget {budget}: {reason}")
 
 
 def _check_content(content: Mapping[str, Any]) -> None:

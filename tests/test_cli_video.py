@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
-from video import save_pair, seeded
+from video import Scripted, save_pair, seeded
 
 from mmspec.cli import app
 from mmspec.jobs.calibration import expected_seconds, histogram
@@ -313,9 +313,54 @@ def test_a_budget_takes_losses_of_the_recorded_blocks(calibrating, tmp_path):
     assert "line 7 must be a block that did not come before" in reason(*calibrating, *given)
 
 
+def test_a_budget_measures_losses_against_the_target_behind_the_same_drafts(pair, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "all.json"
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    command = [
+        "calibrate", "--model", pair[0], "--drafter", pair[1], "--prompts", prompts, "--frames", 9,
+        "--block-sizes", "1,1,1", "--router", "temporal:see=all", "--height", 32,
+        "--width", 32, "--out", out, "--budget", 10,
+    ]  # fmt: skip
+    found = json.loads(run(*command, "--json").stdout)
+    lines = lines_of(tmp_path / "all.losses.jsonl")
+    assert [line["file"] for line in lines] == ["0000-00", "0001-00"]
+    losses = {line["file"]: dict(line["losses"]) for line in lines}
+    # By hand: the target's block against the draft's, behind drafts. Block 0 has no step to judge,
+    # so that it is the target's.
+    pipe = SpeculativeVideoPipeline.from_pretrained(pair[0], drafter=pair[1])
+    pipe.set_progress_bar_config(disable=True)
+
+    def frames(prompt, drafted):
+        wants = [0 < index < drafted for index in range(3)]
+        stream = pipe.stream(
+            prompt, num_frames=9, height=32, width=32, block_sizes=[1, 1, 1], output_type="pt",
+            generator=seeded(0), router=Scripted([True] * 3, wants=wants),
+        )  # fmt: skip
+        return [block.frames.double() for block in stream]
+
+    for name, prompt in zip(losses, PROMPTS, strict=False):
+        drafts = frames(prompt, 3)
+        assert list(losses[name]) == [1, 2]
+        for index in (1, 2):
+            wanted = (drafts[index] - frames(prompt, index)[index]).square().mean().sqrt().item()
+            assert losses[name][index] == pytest.approx(wanted, rel=1e-4), (name, index)
+            assert wanted > 1e-3
+    every = [loss for blocks in losses.values() for loss in blocks.values()]
+    assert found["mean_loss"] == pytest.approx(sum(every) / 6)
+    # Killed behind the first video; the rest is measured, and the answer is the same.
+    path = tmp_path / "all.losses.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.splitlines(keepends=True)[0] + b'{"fi')
+    assert json.loads(run(*command, "--json").stdout)["mean_loss"] == found["mean_loss"]
+    assert path.read_bytes() == whole
+    line = reason(*command[:-1], 0.0)
+    assert "no threshold keeps a block within the budget 0.0: the least mean loss is " in line
+
+
 def test_bad_calibrations_are_refused_before_any_video(calibrating, tmp_path):
     for arguments, why in (
-        ([], "the aim must be an accept rate, or a budget and losses"),
+        ([], "the aim must be an accept rate, or a budget with or without losses"),
+        (["--budget", "nan"], "the aim must be"),
         (["--accept-rate", 0.5, "--budget", 1], "the aim must be"),
         (["--accept-rate", 1.5], "the accept rate must be in (0, 1]"),
         (["--accept-rate", 0.5, "--router", "temporal:-0.1"], "must be without a threshold"),

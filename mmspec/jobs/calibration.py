@@ -7,11 +7,13 @@ a kill the rest is made. One more video, by the target alone, says what a block 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mmspec.checks import is_number, require
 from mmspec.jobs import Report, check_writable, generators, lines_of
+from mmspec.jobs.draft_losses import draft_losses, measured_losses
 from mmspec.jobs.journal import Journal
 from mmspec.jobs.requests import VisualRequest
 from mmspec.jobs.video import block_fields, check_requests
@@ -31,7 +33,8 @@ class Aim:
     Attributes:
         accept_rate: Share of the drafts to keep, or None.
         budget: Mean loss per block that is allowed, or None.
-        losses: With a budget, the loss of each drafted block, by name of its video and index.
+        losses: With a budget, the loss of each drafted block, by name of its video and index; None
+            measures it (`mmspec.jobs.draft_losses`).
     """
 
     accept_rate: float | None = None
@@ -46,8 +49,8 @@ class Aim:
         """
         given = (self.accept_rate, self.budget, self.losses is not None)
         is_rate = self.accept_rate is not None and self.budget is None and self.losses is None
-        is_budget = self.accept_rate is None and self.budget is not None and bool(self.losses)
-        rule = "an accept rate, or a budget and losses"
+        is_budget = self.accept_rate is None and is_number(self.budget) and self.losses != {}
+        rule = "an accept rate, or a budget with or without losses"
         require(is_rate or is_budget, "the aim", rule, given)
         rate = self.accept_rate
         if rate is not None:
@@ -83,6 +86,11 @@ class CalibrationRun:
     def scores_path(self) -> Path:
         """Where the scores are written down."""
         return self.out.with_suffix(".scores.jsonl")
+
+    @property
+    def losses_path(self) -> Path:
+        """Where losses that were measured are written down."""
+        return self.out.with_suffix(".losses.jsonl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +171,7 @@ def run_calibration(run: CalibrationRun) -> CalibrationSummary:
             _record(run, missing, journal)
         videos = [_kept(journal, name) for name in names]
         target = _kept(journal, TARGET)
-    found = _found(run, dict(zip(names, videos, strict=True)))
+    found = _found(run, dict(zip(names, videos, strict=True)), settings)
     with whole_file(run.out) as building:
         found.save(building)
     expected, alone = expected_seconds(videos, target, found.threshold)
@@ -278,8 +286,7 @@ def _record(run: CalibrationRun, missing: Sequence[str], journal: Journal) -> No
     for number, name in enumerate(missing, 1):
         request, seed = _request_of(run, name)
         stream = pipe.stream(
-            request.prompt,
-            **{**options, **request.options()},
+            **_call(run, request),
             router="never" if name == TARGET else router,
             generator=generators([seed]),
             output_type="pt",
@@ -298,39 +305,65 @@ def _record(run: CalibrationRun, missing: Sequence[str], journal: Journal) -> No
         run.report(f"{number}/{len(missing)} {name}: {stream.stats.wall_time_s:.1f} s")
 
 
+def _call(run: CalibrationRun, request: VisualRequest) -> dict[str, Any]:
+    """Arguments of the pipeline's call."""
+    return {"prompt": request.prompt, **run.settings["options"], **request.options()}
+
+
 def _kept(journal: Journal, name: str) -> dict[str, Any]:
     record = journal.get((name, None))
     assert record is not None
     return record
 
 
-def _found(run: CalibrationRun, videos: Mapping[str, Mapping[str, Any]]) -> Calibration:
+def _found(
+    run: CalibrationRun, videos: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+) -> Calibration:
     """The threshold.
 
     Raises:
         ValueError: If a loss is missing or too much, or no threshold does what is wanted.
     """
-    drafted = {
+    scores = {
         (name, block["index"]): math.nan if block["score"] is None else block["score"]
         for name, video in videos.items()
         for block in video["blocks"]
         if block["is_drafted"]
     }
     losses = None
-    if run.aim.losses is not None:
-        others = sorted(set(drafted) ^ set(run.aim.losses))
+    if run.aim.budget is not None:
+        given = run.aim.losses or _measured(run, scores, settings)
+        others = sorted(set(scores) ^ set(given))
         rule = f"one for each drafted block of {run.scores_path}"
         require(not others, "the losses", rule, f"others or none for {others[:3]}")
-        losses = [run.aim.losses[key] for key in drafted]
+        losses = [given[key] for key in scores]
     first = next(iter(videos.values()))
     return calibrate(
         first["score_name"],
-        list(drafted.values()),
+        list(scores.values()),
         accept_rate=run.aim.accept_rate,
         losses=losses,
         budget=run.aim.budget,
         provenance={**run.settings, "router": run.router, "num_videos": len(videos)},
     )
+
+
+def _measured(
+    run: CalibrationRun, scores: Mapping[tuple[str, int], float], settings: Mapping[str, Any]
+) -> dict[tuple[str, int], float]:
+    """The losses of drafted blocks, by the pipeline itself."""
+    # The target wrote the blocks that could not be judged, and no threshold keeps their drafts.
+    unjudged = {key: 0.0 for key, score in scores.items() if math.isnan(score)}
+    drafted: dict[str, list[int]] = {name: [] for name, _ in scores}
+    for name, index in scores.keys() - unjudged.keys():
+        drafted[name].append(index)
+    load = cache(run.load)
+
+    def measure(name: str) -> dict[int, float]:
+        request, seed = _request_of(run, name)
+        return draft_losses(load(), _call(run, request), seed, sorted(drafted[name]))
+
+    return unjudged | measured_losses(run.losses_path, settings, drafted, measure, run.report)
 
 
 def _with_calibration(router: str, score_name: str, path: Path) -> str:

@@ -14,21 +14,21 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from .simulator import Simulator, split_scenes
-from .train_vae import as_video, make_vae
+from .train_vae import FINAL_DECODER, FIRST_DECODER, as_video, make_vae
 
 
 def load_vae(work_dir: Path) -> AutoencoderKLWan:
     """The trained autoencoder; its latents are turned if the turn is measured already."""
-    trained = work_dir / "decoder.pt"
-    state = torch.load(trained if trained.exists() else work_dir / "vae.pt")["model"]
+    trained, mean, size = work_dir / "decoder.pt", None, FINAL_DECODER
+    if not trained.exists():
+        trained, size = work_dir / "vae.pt", FIRST_DECODER
+    state = torch.load(trained)["model"]
     path = work_dir / "turn.pt"
-    if not path.exists():
-        vae = make_vae()
-        vae.load_state_dict(state)
-        return vae.eval()
-    turn, mean = torch.load(path)
-    vae = make_vae((turn @ mean).tolist())
-    vae.load_state_dict(turned(state, turn))
+    if path.exists():
+        turn, middle = torch.load(path)
+        mean, state = (turn @ middle).tolist(), turned(state, turn)
+    vae = make_vae(mean, size)
+    vae.load_state_dict(state)
     return vae.eval()
 
 

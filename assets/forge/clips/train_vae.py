@@ -6,9 +6,9 @@ Four pictures and 4 x 4 pixels become one place of 8 latent channels. A second c
 the first was stopped.
 
 The first training cuts three latent frames out of a clip. Decoded one after the other, later frames
-see more of the past than that, and colours drift. So ``--decoder-only`` goes on with the decoder
-alone, on whole clips, and writes `decoder.pt`. Latents stay what they are: it may run while the
-models that write them are trained.
+see more of the past than that, and colours drift. Also, decoding is more than half of what a
+drafted video costs. So ``--decoder-only`` trains a smaller decoder for the same latents, in the end
+on whole clips, and writes `decoder.pt`. It may run while models learn to write these latents.
 """
 
 import argparse
@@ -24,12 +24,16 @@ from torch import Tensor
 from .simulator import Simulator, split_scenes
 
 LATENT_CHANNELS = 8
+#: Channels of the pictures inside of the decoder that the encoder is trained with, and inside of
+#: the one that is bundled.
+FIRST_DECODER, FINAL_DECODER = 12, 8
 
 
-def make_vae(mean: list[float] | None = None) -> AutoencoderKLWan:
+def make_vae(mean: list[float] | None = None, decoder_dim: int = FINAL_DECODER) -> AutoencoderKLWan:
     """The autoencoder with random weights, and the mean of its latents if it is known."""
     return AutoencoderKLWan(
         base_dim=12,
+        decoder_base_dim=decoder_dim,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
@@ -123,13 +127,11 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     args.path = args.work_dir / ("decoder.pt" if args.decoder_only else "vae.pt")
     torch.manual_seed(1)
-    vae = make_vae()
+    vae = make_vae(decoder_dim=FINAL_DECODER if args.decoder_only else FIRST_DECODER)
     optimizer = ConvolutionMuon(vae, args.lr)
     state: dict[str, Any] = {"step": 0, "time_s": 0.0}
     if args.decoder_only:
-        vae.load_state_dict(torch.load(args.work_dir / "vae.pt")["model"])
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+        take_encoder(vae, torch.load(args.work_dir / "vae.pt")["model"])
     if args.path.exists():
         state = torch.load(args.path)
         vae.load_state_dict(state["model"])
@@ -137,6 +139,16 @@ def main() -> None:
             part.load_state_dict(saved)
     with (args.work_dir / "vae.jsonl").open("a") as log:
         run(args, vae, optimizer, state, log)
+
+
+def take_encoder(vae: AutoencoderKLWan, trained: dict[str, Tensor]) -> None:
+    """All of a trained autoencoder but its decoder; what makes the latents is trained no more."""
+    rest = {name: weight for name, weight in trained.items() if not name.startswith("decoder.")}
+    missing, unexpected = vae.load_state_dict(rest, strict=False)
+    assert not unexpected
+    assert all(name.startswith("decoder.") for name in missing)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
 
 
 def run(
@@ -155,9 +167,9 @@ def run(
         chosen = torch.randint(len(scenes), (args.batch_size,), generator=generator)
         clips = simulator.draw([scenes[number] for number in chosen], generator)
         progress = spent / (60 * args.minutes)
-        side = 16 if progress < 0.7 and not args.decoder_only else 32
+        side = 16 if progress < (0.4 if args.decoder_only else 0.7) else 32
         video = as_video(clips)
-        if not args.decoder_only:
+        if side == 16 or not args.decoder_only:
             video = cut(video, side, generator)
         rate = args.lr * min(1.0, (step + 1) / 50) * min(1.0, (1 - progress) / 0.4)
         with torch.autocast("cpu", dtype=torch.bfloat16):
