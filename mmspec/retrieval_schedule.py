@@ -34,6 +34,8 @@ class RetrievalSchedule:
     what decoding without drafts consists of. So it is not timed; the step behind it is.
     """
 
+    #: Times the median that a step counts at most: a pause or a compilation is no cost of a width.
+    PAUSE = 1.5
     #: Share of that price; near break-even the seconds hardly change, while more units per forward
     #: come out.
     LENIENCE = 0.8
@@ -123,8 +125,8 @@ class RetrievalSchedule:
         if self._asked == 1:
             self._last_plain = self._steps if is_timed else self._last_plain
         elif plain is not None:
-            # A compilation is no measure of the speed: what is usual for the width counts.
-            took = min(record.wall_time_s, self._cost(key) or math.inf)
+            # Dear steps count in full, or drafts that lose seem to break even; pauses do not.
+            took = min(record.wall_time_s, self.PAUSE * (self._cost(key) or math.inf))
             self._units_per_ask += 0.1 * (units - self._units_per_ask)
             self._weigh(units - took / plain, plain)
 
