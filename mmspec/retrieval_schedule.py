@@ -42,7 +42,7 @@ class RetrievalSchedule:
     #: Plain steps that asking may lose before the first rest, as a share of a generation and at
     #: most, and the share of these before any later rest.
     GRACE_SHARE = 0.03
-    GRACE = 12
+    GRACE = 8
     LATER_GRACE = 0.25
     #: Plain steps that were saved before and may be lost on top.
     CREDIT = 24
@@ -129,6 +129,12 @@ class RetrievalSchedule:
             took = min(record.wall_time_s, self.PAUSE * (self._cost(key) or math.inf))
             self._units_per_ask += 0.1 * (units - self._units_per_ask)
             self._weigh(units - took / plain, plain)
+
+    def wake(self) -> None:
+        """Forgets what asking lost so far: there is something new to draft from."""
+        self._lost = min(self._lost, 0.0)
+        self._rest = self.FIRST_REST
+        self._wakes_at = 0
 
     def _weigh(self, saved: float, plain: float) -> None:
         """Adds up what asking loses; past the bound it rests."""
