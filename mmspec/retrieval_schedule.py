@@ -34,13 +34,15 @@ class RetrievalSchedule:
     what decoding without drafts consists of. So it is not timed; the step behind it is.
     """
 
+    #: Times the median that a step counts at most: a pause or a compilation is no cost of a width.
+    PAUSE = 1.5
     #: Share of that price; near break-even the seconds hardly change, while more units per forward
     #: come out.
     LENIENCE = 0.8
     #: Plain steps that asking may lose before the first rest, as a share of a generation and at
     #: most, and the share of these before any later rest.
     GRACE_SHARE = 0.03
-    GRACE = 12
+    GRACE = 8
     LATER_GRACE = 0.25
     #: Plain steps that were saved before and may be lost on top.
     CREDIT = 24
@@ -123,10 +125,16 @@ class RetrievalSchedule:
         if self._asked == 1:
             self._last_plain = self._steps if is_timed else self._last_plain
         elif plain is not None:
-            # A compilation is no measure of the speed: what is usual for the width counts.
-            took = min(record.wall_time_s, self._cost(key) or math.inf)
+            # Dear steps count in full, or drafts that lose seem to break even; pauses do not.
+            took = min(record.wall_time_s, self.PAUSE * (self._cost(key) or math.inf))
             self._units_per_ask += 0.1 * (units - self._units_per_ask)
             self._weigh(units - took / plain, plain)
+
+    def wake(self) -> None:
+        """Forgets what asking lost so far: there is something new to draft from."""
+        self._lost = min(self._lost, 0.0)
+        self._rest = self.FIRST_REST
+        self._wakes_at = 0
 
     def _weigh(self, saved: float, plain: float) -> None:
         """Adds up what asking loses; past the bound it rests."""
