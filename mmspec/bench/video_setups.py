@@ -187,7 +187,7 @@ class Setup:
 
     @property
     def chance(self) -> str | None:
-        """The baseline that leaves the same places to chance; None if it looks at nothing."""
+        """The baseline that leaves the same places to chance; None where there is none."""
         names = {"": "random", "first-block": "first-block+random"}
         return names.get(self.base) if self.scorers and self.stitch is None else None
 
