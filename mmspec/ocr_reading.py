@@ -98,9 +98,12 @@ class OcrReader:
         self._num_threads = num_threads
         self._idle = deque([open_engine(name)])
         self._pool = self._new_pool()
+        self._is_stopped = False
 
     def begin(self, image: Image.Image) -> PendingReading:
         """Has a thread read a page as soon as one is free."""
+        if self._is_stopped:
+            self._pool, self._is_stopped = self._new_pool(), False
         return PendingReading(self, image, self._pool)
 
     def stop(self, *, wait: bool = False) -> None:
@@ -109,8 +112,8 @@ class OcrReader:
         Args:
             wait: Until the engines are through with the others.
         """
+        self._is_stopped = True
         self._pool.shutdown(wait=wait, cancel_futures=True)
-        self._pool = self._new_pool()
 
     def read(self, image: Image.Image) -> Reading:
         """Reads a page. What goes wrong is in `Reading.error`: a draft is no reason to stop."""

@@ -141,29 +141,31 @@ class Reader:
         self._ask = PendingReading.wait if waits else PendingReading.poll
         self._reader = None if name == "none" else OcrReader(name)
 
-    def begin(self, entry: Entry) -> tuple[Callable[[], str | None], Callable[[], float]]:
-        """Begins to read a page.
+    def begin(self, entries: Sequence[Entry]) -> tuple[list[Callable[[], str | None]], EndOcr]:
+        """Begins to read pages.
 
         Returns:
-            What gives its text once it is there, and what gives the reading up if that is not
-            begun, waits for its end otherwise, and returns the seconds that it took.
+            What gives the text of each once it is there, and what gives up the pages that are not
+            begun, waits for the others, and returns the seconds that they took.
 
         Raises:
             Unavailable: If there is no engine.
         """
         if self._reader is None:
             raise Unavailable("no OCR engine is installed")
-        reading = self._reader.begin(entry["image"])
-
-        def text() -> str | None:
-            found = self._ask(reading)
-            return None if found is None or found.text is None else _spoilt(found.text.text, entry)
+        readings = [self._reader.begin(entry["image"]) for entry in entries]
 
         def end() -> float:
-            reading.end()
-            return reading.wait().time_s
+            for reading in readings:
+                reading.end()
+            return sum(reading.wait().time_s for reading in readings)
 
-        return text, end
+        pairs = zip(readings, entries, strict=True)
+        return [partial(self._text, reading, entry) for reading, entry in pairs], end
+
+    def _text(self, reading: PendingReading, entry: Entry) -> str | None:
+        found = self._ask(reading)
+        return None if found is None or found.text is None else _spoilt(found.text.text, entry)
 
 
 def _spoilt(text: str, entry: Entry) -> str:
@@ -190,9 +192,8 @@ def _new_draft(reader: Reader, name: str) -> Draft:
         spec = {"name": "reference", "tokenizer": loaded.processor.tokenizer, **more}
         if name == "text_layer":
             return spec | {"references": [_spoilt(one["text"], one) for one in entries]}, None
-        begun = [reader.begin(entry) for entry in entries]
-        references = [text for text, _ in begun]
-        return spec | {"references": references}, lambda: sum(end() for _, end in begun)
+        references, end = reader.begin(entries)
+        return spec | {"references": references}, end
 
     return draft
 
