@@ -109,20 +109,22 @@ def test_pages_with_a_text_to_draft_from(tmp_path, pages):
 
 def test_an_ocr_that_is_too_slow_holds_nothing_up(tmp_path, pages, monkeypatch):
     """It is not on the clock, and what it has begun ends before the next system does."""
-    begun = []
+    busy, found_busy = threading.Lock(), []
 
     def slow(image):
-        begun.append(threading.active_count())
-        time.sleep(1.0)
+        found_busy.append(busy.locked())
+        with busy:
+            time.sleep(1.0)
         return PageText("a text")
 
     monkeypatch.setattr(ocr_reading, "open_engine", lambda name: slow)
-    options = PAGES | {"batch": "2", "max_new_tokens": 2}
-    line = document.run(**options, systems="plain,reference", out=tmp_path)
+    line = document.run(**PAGES | {"batch": "2"}, systems="plain,reference", out=tmp_path)
     row = rows_of(line)[0.0, 2, "clean", "reference"]
-    assert row["phases_s"]["OCR"] >= 1.0 > 1e-3 * row["ms_per_token"] * row["num_units"]
+    assert row["phases_s"]["OCR"] > 1e-3 * row["ms_per_token"] * row["num_units"]
     # Of two pages one was begun and one given up, in warm-up and sample, clean and failed.
-    assert (line["failures"], len(begun), len(set(begun))) == ([], 4, 1)
+    assert line["failures"] == []
+    assert 0 < len(found_busy) <= 4
+    assert not any(found_busy)
 
 
 def test_a_store_drafts_from_earlier_pages_of_the_document(tmp_path, monkeypatch):

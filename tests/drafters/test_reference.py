@@ -265,6 +265,24 @@ def test_references_of_a_batch_come_one_by_one(model, schedule):
         assert forwards[0] <= forwards[1] <= forwards[2] <= forwards[3]
 
 
+def test_a_late_reference_wakes_the_schedule(model):
+    read, _ = after(3)
+    rows = TokenRows(
+        [LETTER.encode("abc")], max_new_tokens=[40], keys_B=torch.zeros(1, dtype=torch.long)
+    )
+    drafter = {"name": "reference", "references": [read], "tokenizer": LETTER}
+    settings = Settings(drafter=drafter, width=16, schedule="adaptive")
+    engine = build_engine(model, rows, build_law(LawConfig()), settings)
+    engine.prefill()
+    engine.step()
+    engine.schedule._wakes_at = 100
+    rests = []
+    for _ in range(3):
+        engine.step()
+        rests.append(engine.schedule._wakes_at == 100)
+    assert rests == [True, False, False]
+
+
 def test_each_row_has_its_own_reference(model):
     plain, stats = written(model, "none", 3)
     right = [LETTER.decode(tokens, skip_special_tokens=False) for tokens in plain]
