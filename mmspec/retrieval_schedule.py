@@ -108,6 +108,15 @@ class RetrievalSchedule:
         self._asked = clamped(self._widths[-1], self._remaining())
         return Plan(width=self._asked, prices=self._prices(plain))
 
+    def wake(self) -> None:
+        """Asks again from the next step on: there is something new to draft from.
+
+        It may lose what may be lost after a rest, for what was lost before is not its fault.
+        """
+        self._wakes_at = self._steps
+        self._rest = self.FIRST_REST
+        self._lost = min(self._lost, (1.0 - self.LATER_GRACE) * self._bound)
+
     def observe(self, record: StepRecord) -> None:
         """Learns what the step cost and, if it was asked for, what it saved."""
         if not self._has_begun:

@@ -295,6 +295,38 @@ def test_a_plain_step_behind_an_asked_one_is_not_what_plain_decoding_costs():
     assert 0.3 * sum(asked) < 0.06 * len(asked)
 
 
+def test_something_new_to_draft_from_ends_a_rest():
+    def plans(wakes_at):
+        schedule, planned = free_schedule({1: [1.0] * 3}), []
+        for step in range(400):
+            if step == wakes_at:
+                schedule.wake()
+            planned.append(schedule.plan().width > 1)
+            # What is asked before the news brings nothing, and then it is all accepted.
+            is_good = planned[-1] and step >= wakes_at
+            lost = record(4, 3.0) if planned[-1] else record(1, 1.0)
+            schedule.observe(record(16, 3.0, 15) if is_good else lost)
+        return planned
+
+    asleep = plans(10**6)
+    assert not any(asleep[60:70])
+    woken = plans(60)
+    assert woken[:60] == asleep[:60]
+    assert all(woken[60:])
+
+
+def test_news_that_bring_nothing_are_not_believed_for_long():
+    schedule, asked = free_schedule({1: [1.0] * 3}), 0
+    for step in range(1000):
+        if step % 100 == 50:
+            schedule.wake()
+        is_asked = schedule.plan().width > 1
+        asked += is_asked
+        schedule.observe(record(4, 3.0) if is_asked else record(1, 1.0))
+    # Each asked step loses two plain ones. Ten whole bounds would be more than a tenth of the time.
+    assert 2.0 * asked < 0.1 * 1000
+
+
 def test_drafts_that_do_not_pay_rest_longer_and_longer_until_they_do():
     schedule, asked = free_schedule({1: [1.0] * 3}), []
     for _ in range(700):
