@@ -139,12 +139,6 @@ class RetrievalSchedule:
             self._units_per_ask += 0.1 * (units - self._units_per_ask)
             self._weigh(units - took / plain, plain)
 
-    def wake(self) -> None:
-        """Forgets what asking lost so far: there is something new to draft from."""
-        self._lost = min(self._lost, 0.0)
-        self._rest = self.FIRST_REST
-        self._wakes_at = 0
-
     def _weigh(self, saved: float, plain: float) -> None:
         """Adds up what asking loses; past the bound it rests."""
         self._lost = max(self._lost - saved, -self.CREDIT)

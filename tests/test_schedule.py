@@ -426,16 +426,3 @@ def test_steps_whose_cost_varies_are_not_taken_for_their_median():
         seconds = 1.6 + 0.8 * (sum(asked) % 5 < 2)
         schedule.observe(record(8, seconds, sum(asked) % 5 > 0) if asked[-1] else record(1, 1.0))
     assert sum(asked) < 250
-
-
-def test_a_rest_ends_when_there_is_something_new_to_draft_from():
-    schedule = free_schedule({1: [1.0] * 3})
-    rested = 0
-    while rested < 100:
-        is_asked = schedule.plan().width > 1
-        schedule.observe(record(1, 1.5 if is_asked else 1.0))
-        rested = 0 if is_asked else rested + 1
-    schedule.wake()
-    for _ in range(10):
-        assert schedule.plan().width == 16
-        schedule.observe(record(16, 1.5, 15))
