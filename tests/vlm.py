@@ -6,8 +6,9 @@ in placeholders, (height, width), which families whose images have one size do n
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -260,10 +261,13 @@ def smolvlm(name: str) -> Callable[[], Any]:
 
 
 def qwen_vl(name: str, tower: dict[str, Any], **text: Any) -> Callable[[], Any]:
-    def build() -> Any:
+    def build(
+        text_config: Mapping[str, Any] = MappingProxyType({}),
+        vision_config: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Any:
         return getattr(transformers, f"{name}Config")(
-            text_config=TEXT | {"rope_parameters": dict(MROPE)} | text,
-            vision_config=GRID_TOWER | tower,
+            text_config={**TEXT, "rope_parameters": dict(MROPE), **text, **text_config},
+            vision_config={**GRID_TOWER, **tower, **vision_config},
             tie_word_embeddings=False,
             **SPECIAL,
         )
@@ -408,6 +412,7 @@ FAMILIES = {
 }
 
 SUPPORTED = {name: family.supported for name, family in FAMILIES.items()}
+FILMED = [name for name, family in FAMILIES.items() if family.films is not None]
 
 
 def tiny_vlm(name: str, **changes: Any) -> Any:
