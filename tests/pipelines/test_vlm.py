@@ -6,7 +6,7 @@ from PIL import Image
 from tiny import tiny_model
 from transformers import TextStreamer
 from vlm import SUPPORTED, tiny_vlm
-from vlm_processors import PROCESSORS
+from vlm_processors import PROCESSORS, got_ocr2
 
 from mmspec.pipelines import SpeculativeVLMPipeline
 
@@ -89,6 +89,38 @@ def test_greedy_is_that_of_generate(name):
     # The first row may as well be the one without images.
     assert tokens_of(pipe(chats[::-1], max_new_tokens=12)) == expected[::-1]
     assert tokens_of(pipe(chats[-1], max_new_tokens=12)) == expected[-1:]
+
+
+@pytest.mark.supports("processor", SUPPORTED["got_ocr2"])
+def test_a_chat_is_what_the_processor_writes_itself():
+    """GOT-OCR2: its processor has no template; it makes a prompt of each image, or takes a text."""
+    processor = got_ocr2()
+    pipe = SpeculativeVLMPipeline.from_model(tiny_vlm("got_ocr2"), processor, schedule="fixed")
+    pipe.set_progress_bar_config(disable=True)
+    assert processor.chat_template is None
+    page, others = picture(1), [picture(2, 8, 12), picture(3)]
+    text = "see <imgpad> and <imgpad>, abcabcab"
+    inputs = [
+        processor(images=page, return_tensors="pt"),
+        processor(images=others, text=[text], return_tensors="pt"),
+        processor.tokenizer("no image at all, no", return_tensors="pt"),
+    ]
+    outs = [
+        pipe.model.generate(**one.to(pipe.dtype), do_sample=False, max_new_tokens=12)
+        if "pixel_values" in one
+        else pipe.model.generate(**one, do_sample=False, max_new_tokens=12)
+        for one in inputs
+    ]
+    pairs = zip(outs, inputs, strict=True)
+    expected = [out[0, one["input_ids"].shape[1] :].tolist() for out, one in pairs]
+    prompts, options = [chat(page, " OCR: "), text, "no image at all, no"], {"max_new_tokens": 12}
+    images = [None, others, None]
+    for drafter in ("early_exit", "jacobi"):
+        fast = pipe(prompts, images=images, drafter=drafter, **options)
+        assert tokens_of(fast) == expected
+        assert tokens_of(pipe(prompts[0], drafter=drafter, **options)) == expected[:1]
+    changed = pipe(chat(picture(4), " OCR: "), **options)
+    assert tokens_of(changed) != expected[:1], "the image must matter"
 
 
 @pytest.mark.supports("sampled", SUPPORTED["llava"])
