@@ -187,6 +187,7 @@ def got_ocr2() -> Any:
 PROCESSORS = {
     "gemma3": gemma3,
     "glm_ocr": glm_ocr,
+    "got_ocr2": got_ocr2,
     "idefics3": idefics3,
     "internvl": internvl,
     "llava": llava,

@@ -69,6 +69,7 @@ def test_greedy_equals_generate(name, num_rows):
         assert fast.stats.num_accepted > 0, drafter
 
 
+@pytest.mark.supports("visual shares", SUPPORTED)
 @pytest.mark.parametrize("name", FILMED)
 def test_videos_are_cut_as_images_are(name):
     model = tiny_vlm(name)
