@@ -146,7 +146,6 @@ class Family:
         films: Makes the inputs of the vision tower for videos; None where there are none.
         frame_token: Stands for a feature of a video.
         is_timed: Text stands between the frames of a video.
-        pipeline: What loads it; "speculate" where it has no processor that a pipeline can use.
     """
 
     title: str
@@ -160,7 +159,6 @@ class Family:
     films: Callable[..., dict[str, Any]] | None = None
     frame_token: int = VIDEO
     is_timed: bool = False
-    pipeline: str = "SpeculativeVLMPipeline"
 
     @property
     def supported(self) -> Supported:
@@ -169,7 +167,7 @@ class Family:
             family=self.title,
             class_name=self.class_name,
             adapter="vision_language",
-            pipeline=self.pipeline,
+            pipeline="SpeculativeVLMPipeline",
         )
 
 
@@ -336,7 +334,6 @@ FAMILIES = {
     ),
     "got_ocr2": Family(
         title="GOT-OCR2",
-        pipeline="speculate",
         class_name="GotOcr2ForConditionalGeneration",
         config=got_ocr2,
         pixels=32,
