@@ -6,7 +6,7 @@
 
 The first measures a model and a drafter on the pictures of a folder. A name of `TINY` in place of
 a path is a random model and its clone: what is lost then is lost by the choice of tokens alone.
-`--long-video` gives such models 25 000 visual tokens to read, in many frames.
+Its requests ask about a video; `--long-video` gives it 25 000 visual tokens.
 
 A prefill is the tower and the forward that reads the prompt; for "attention" and "self" also the
 question to the target. Seconds are CPU seconds of the process and bytes are those of tensors, which
@@ -39,7 +39,7 @@ from mmspec.visual_tokens import VisualTokens
 
 LONG_OPTIONS = "all,uniform:0.1,reuse+uniform:0.1,attention:0.1,none,self:0.1"
 IMAGE, START, END, VIDEO = 250, 251, 252, 253
-#: Visual tokens of a frame of the long video, along a side.
+#: Along a side of a frame, the visual tokens for Qwen2.5-VL, and the patches for LLaVA-OneVision.
 SIDE = 16
 TEXT = {
     "vocab_size": 256,
@@ -57,7 +57,7 @@ TEXT = {
 
 
 def qwen2_5_vl() -> Any:
-    """Three axes of positions; an image has as many visual tokens as its grid says."""
+    """Three axes of positions; a video has as many visual tokens as its grid says."""
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     tower = {
         "depth": 2,
@@ -82,7 +82,7 @@ def qwen2_5_vl() -> Any:
 
 
 def llava_onevision() -> Any:
-    """Counted positions; a picture and a tile of it, with a visual token at the end of each row."""
+    """Counted positions; the tower's features of a frame are pooled to a quarter."""
     config = transformers.LlavaOnevisionConfig(
         text_config=transformers.Qwen2Config(**TEXT),
         vision_config=transformers.SiglipVisionConfig(
@@ -105,7 +105,7 @@ TINY = {"llava_onevision": llava_onevision, "qwen2_5_vl": qwen2_5_vl}
 
 
 def tiny(name: str) -> Any:
-    """A random model whose next tokens depend on its images."""
+    """A random model whose next tokens depend on what it sees."""
     torch.manual_seed(0)
     model = TINY[name]()
     for parameter in model.parameters():
@@ -114,22 +114,29 @@ def tiny(name: str) -> Any:
     return model.eval()
 
 
-def frames(name: str, num_tokens: int, seed: int) -> dict[str, Any]:
-    """A question behind random frames that have at least so many visual tokens in all."""
-    per_frame = SIDE * SIDE if name == "qwen2_5_vl" else 2 * SIDE * SIDE + SIDE
-    count = -(-num_tokens // per_frame)
+def film(name: str, num_tokens: int, seed: int) -> dict[str, Any]:
+    """A question behind a random video that has at least so many visual tokens."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, 200, (36,), generator=generator).tolist()
-    ids = [*text[:4], *([START] + [IMAGE] * per_frame + [END]) * count, *text[4:]]
-    inputs = {"input_ids": torch.tensor([ids])}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if name == "qwen2_5_vl":
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
-        grid = torch.tensor([[1, 2 * SIDE, 2 * SIDE]] * count)
-        values = torch.randn(int(grid.prod(1).sum()), 96, generator=generator)
-        return inputs | {"pixel_values": values, "image_grid_thw": grid}
-    values = torch.randn(count, 2, 3, 4 * SIDE, 4 * SIDE, generator=generator)
-    return inputs | {"pixel_values": values, "image_sizes": torch.full((count, 2), 4 * SIDE)}
+        # A unit of time is two frames; 2 x 2 patches are a token.
+        length = -(-num_tokens // SIDE**2)
+        count = length * SIDE**2
+        grid = torch.tensor([[length, 2 * SIDE, 2 * SIDE]])
+        values = torch.randn(int(grid.prod()), 96, generator=generator)
+        videos = {"pixel_values_videos": values, "video_grid_thw": grid}
+        videos["second_per_grid_ts"] = torch.ones(1)
+    else:
+        # 2 x 2 patches are a token, and one token more ends the video.
+        length = -(-(num_tokens - 1) // (SIDE // 2) ** 2)
+        count = length * (SIDE // 2) ** 2 + 1
+        values = torch.randn(1, length, 3, 4 * SIDE, 4 * SIDE, generator=generator)
+        videos = {"pixel_values_videos": values}
+    ids = torch.tensor([[*text[:4], START, *[VIDEO] * count, END, *text[4:]]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | videos
+    if name == "qwen2_5_vl":
+        inputs["mm_token_type_ids"] = 2 * (ids == VIDEO)
+    return inputs
 
 
 def pictures(pipe: SpeculativeVLMPipeline, folder: Path, question: str) -> list[dict[str, Any]]:
@@ -291,7 +298,7 @@ def loaded(
     if name in TINY:
         target = tiny(name)
         small = tiny(drafter) if drafter else copy.deepcopy(target)
-        return target, small, [frames(name, visual, seed) for seed in range(requests)]
+        return target, small, [film(name, visual, seed) for seed in range(requests)]
     if images is None:
         raise typer.BadParameter(f"is needed for {name}", param_hint="--images")
     pipe = SpeculativeVLMPipeline.from_pretrained(name, dtype=torch.float32)

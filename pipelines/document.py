@@ -31,6 +31,7 @@ PARSE_PROMPTS = {
     "bundled:pages": "Convert to Markdown.",
     "florence2": "<OCR>",
     "glm_ocr": "Text Recognition:",
+    "got_ocr2": " OCR: ",
     "granite_docling": "Convert this page to docling.",
     "idefics3": "Convert this page to docling.",
     "paddleocr_vl": "OCR:",

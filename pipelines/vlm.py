@@ -16,7 +16,13 @@ from mmspec.checks import require, require_known
 from mmspec.drafters import DrafterSpec
 from mmspec.pipelines.encoded import read_encoded
 from mmspec.pipelines.turns import TurnCache, TurnOutput, check_cache, claimed, num_shared
-from mmspec.pipelines.vlm_inputs import Picture, ReadPrompt, Video, read_prompts
+from mmspec.pipelines.vlm_inputs import (
+    Picture,
+    ReadPrompt,
+    Video,
+    read_prompts,
+    with_chat_template,
+)
 from mmspec.pipelines.writing import Plan, Prompt, WritingOptions, WritingPipeline, as_requests
 from mmspec.speculation import build_engine
 
@@ -55,7 +61,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
                 ``image_cache`` is no size.
         """
         super().__init__(model, processor.tokenizer, drafter=drafter, schedule=schedule)
-        self.processor = processor
+        self.processor = with_chat_template(processor)
         if not isinstance(image_cache, FeatureCache):
             image_cache = FeatureCache(image_cache)
         self.image_cache: FeatureCache = image_cache
@@ -220,7 +226,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
         has_bos = [bos is not None and prompt.text.startswith(bos) for prompt in prompts]
         if len(set(has_bos)) > 1:
             raise ValueError(f"either all prompts begin with {bos!r} or none does")
-        images = [prompt.images for prompt in prompts]
+        images: list[Any] = [prompt.images for prompt in prompts]
         clips = [clip for prompt in prompts for clip in prompt.videos]
         videos: dict[str, Any] = {}
         if clips and any(images) and self.model.config.model_type == "smolvlm":
@@ -234,6 +240,9 @@ class SpeculativeVLMPipeline(WritingPipeline):
                 "video_metadata": [clip.metadata for clip in clips],
                 "do_sample_frames": False,
             }
+        if self.model.config.model_type == "got_ocr2":
+            # Its processor takes lists of images for the pages of a single placeholder.
+            images = [image for own in images for image in own]
         encoded = self.processor(
             text=[prompt.text for prompt in prompts],
             images=images if any(images) else None,

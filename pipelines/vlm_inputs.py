@@ -1,5 +1,6 @@
 """Images and videos of prompts: found, opened, and put in the order of their places."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from transformers import GotOcr2Processor
 from transformers.utils import is_av_available, is_torchcodec_usable
 from transformers.video_utils import VideoMetadata, load_video
 
@@ -21,6 +23,17 @@ Video = Sequence[Image.Image] | str | Path
 
 #: Where a part of a message may hold its image or video, by the names that transformers knows.
 _SOURCES = {"image": ("image", "path", "url"), "video": ("video", "path", "url")}
+
+
+#: The prompt that GOT-OCR2's processor writes around an image and a question.
+_GOT_OCR2_CHAT = (
+    "{{ '<|im_start|>%s<|im_end|>' }}"
+    "{%% for message in messages %%}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{%% for part in message.content %%}"
+    "{{ '<img>%s</img>\n' if part.type == 'image' else part.text }}"
+    "{%% endfor %%}{{ '<|im_end|>' }}{%% endfor %%}"
+    "{%% if add_generation_prompt %%}{{ '<|im_start|>assistant\n' }}{%% endif %%}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,18 @@ class ReadPrompt:
     text: str
     images: list[Image.Image]
     videos: list[Clip]
+
+
+def with_chat_template(processor: Any) -> Any:
+    """A processor that reads chats, if it can be made to.
+
+    GOT-OCR2's has no chat template: it writes one prompt for each image by itself.
+    """
+    if not isinstance(processor, GotOcr2Processor) or processor.chat_template is not None:
+        return processor
+    reads_chats = copy.copy(processor)
+    reads_chats.chat_template = _GOT_OCR2_CHAT % (processor.system_query, processor.image_token)
+    return reads_chats
 
 
 def read_prompts(

@@ -6,8 +6,9 @@ in placeholders, (height, width), which families whose images have one size do n
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -145,7 +146,6 @@ class Family:
         films: Makes the inputs of the vision tower for videos; None where there are none.
         frame_token: Stands for a feature of a video.
         is_timed: Text stands between the frames of a video.
-        pipeline: What loads it; "speculate" where it has no processor that a pipeline can use.
     """
 
     title: str
@@ -159,7 +159,6 @@ class Family:
     films: Callable[..., dict[str, Any]] | None = None
     frame_token: int = VIDEO
     is_timed: bool = False
-    pipeline: str = "SpeculativeVLMPipeline"
 
     @property
     def supported(self) -> Supported:
@@ -168,7 +167,7 @@ class Family:
             family=self.title,
             class_name=self.class_name,
             adapter="vision_language",
-            pipeline=self.pipeline,
+            pipeline="SpeculativeVLMPipeline",
         )
 
 
@@ -260,10 +259,13 @@ def smolvlm(name: str) -> Callable[[], Any]:
 
 
 def qwen_vl(name: str, tower: dict[str, Any], **text: Any) -> Callable[[], Any]:
-    def build() -> Any:
+    def build(
+        text_config: Mapping[str, Any] = MappingProxyType({}),
+        vision_config: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Any:
         return getattr(transformers, f"{name}Config")(
-            text_config=TEXT | {"rope_parameters": dict(MROPE)} | text,
-            vision_config=GRID_TOWER | tower,
+            text_config={**TEXT, "rope_parameters": dict(MROPE), **text, **text_config},
+            vision_config={**GRID_TOWER, **tower, **vision_config},
             tie_word_embeddings=False,
             **SPECIAL,
         )
@@ -332,7 +334,6 @@ FAMILIES = {
     ),
     "got_ocr2": Family(
         title="GOT-OCR2",
-        pipeline="speculate",
         class_name="GotOcr2ForConditionalGeneration",
         config=got_ocr2,
         pixels=32,
@@ -408,6 +409,7 @@ FAMILIES = {
 }
 
 SUPPORTED = {name: family.supported for name, family in FAMILIES.items()}
+FILMED = [name for name, family in FAMILIES.items() if family.films is not None]
 
 
 def tiny_vlm(name: str, **changes: Any) -> Any:

@@ -1,5 +1,6 @@
 """Real processors for the models of `vlm`, with a tokenizer of one token per letter."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -46,9 +47,9 @@ GRID = {"patch_size": 2, "merge_size": 2}
 FILM = {**GRID, "temporal_patch_size": 2, "size": {"shortest_edge": 32, "longest_edge": 256}}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(special: Sequence[str] = SPECIAL) -> PreTrainedTokenizerFast:
     """One token per letter."""
-    vocab = {token: index for index, token in enumerate([*LETTERS, *SPECIAL])}
+    vocab = {token: index for index, token in enumerate([*LETTERS, *special])}
     letters = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     letters.decoder = decoders.Fuse()
@@ -58,7 +59,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<end>",
         extra_special_tokens=NAMED,
     )
-    made.add_tokens(SPECIAL, special_tokens=True)
+    made.add_tokens(list(special), special_tokens=True)
     return made
 
 
@@ -172,9 +173,21 @@ def paddleocr_vl() -> Any:
     return transformers.PaddleOCRVLProcessor(pictures, tokenizer(), chat_template=TEMPLATE)
 
 
+def got_ocr2() -> Any:
+    own = {"<image>": "<imgpad>", "<start>": "<img>", "<stop>": "</img>"}
+    own |= {"<user>": "<|im_start|>", "<end_of_utterance>": "<|im_end|>"}
+    made = transformers.GotOcr2Processor(
+        transformers.GotOcr2ImageProcessor(size={"height": 32, "width": 32}),
+        tokenizer([own.get(token, token) for token in SPECIAL]),
+    )
+    made.num_image_tokens = 4
+    return made
+
+
 PROCESSORS = {
     "gemma3": gemma3,
     "glm_ocr": glm_ocr,
+    "got_ocr2": got_ocr2,
     "idefics3": idefics3,
     "internvl": internvl,
     "llava": llava,

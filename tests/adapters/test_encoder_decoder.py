@@ -115,7 +115,7 @@ def test_both_kinds_of_attention(attention):
 
 
 @pytest.mark.supports("sampled", SUPPORTED)
-@pytest.mark.parametrize("name", ["bart", "donut", "florence2"])
+@pytest.mark.parametrize("name", ["bart", "donut", "florence2", "nougat"])
 def test_a_seed_gives_the_same_tokens_with_every_drafter_and_in_every_batch(name):
     model = made(name)
     inputs = request(name, TEXTS)

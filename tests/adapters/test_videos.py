@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from vlm import FAMILIES, SUPPORTED, request, tiny_vlm
+from vlm import FILMED, SUPPORTED, request, tiny_vlm
 
 import mmspec
 
-FILMED = [name for name, family in FAMILIES.items() if family.films is not None]
 #: A video; a longer prompt with an image and a video; text alone.
 ROWS = [
     [1, 2, (2, 2, 1), 3, 4, 1, 2],

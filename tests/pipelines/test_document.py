@@ -115,7 +115,7 @@ def test_a_right_reference_takes_few_forwards(pipe, plain):
     assert out.stats.num_target_forwards < 0.5 * lone.stats.num_target_forwards
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "gemma3", "got_ocr2"])
 def test_other_families(name):
     pipe = make_pipe(name)
     plain = read(pipe, PAGES[:2], decoder="sequential", max_new_tokens=12)

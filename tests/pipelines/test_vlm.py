@@ -75,7 +75,7 @@ def seeds(*values):
 @pytest.mark.supports("processor", SUPPORTED)
 # What transformers' own processors warn of.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", sorted(set(PROCESSORS) - {"got_ocr2"}))
 def test_greedy_is_that_of_generate(name):
     pipe = make_pipe(name)
     # PaliGemma's processor takes no prompt without an image.
@@ -89,6 +89,40 @@ def test_greedy_is_that_of_generate(name):
     # The first row may as well be the one without images.
     assert tokens_of(pipe(chats[::-1], max_new_tokens=12)) == expected[::-1]
     assert tokens_of(pipe(chats[-1], max_new_tokens=12)) == expected[-1:]
+
+
+@pytest.mark.supports("processor", SUPPORTED["got_ocr2"])
+def test_a_chat_is_what_the_processor_writes_itself():
+    """GOT-OCR2's has no template: it makes a prompt of an image alone, or takes a text."""
+    processor = PROCESSORS["got_ocr2"]()
+    assert processor.chat_template is None
+    pipe = make_pipe("got_ocr2")
+    page, others = picture(1), [picture(2, 8, 12), picture(3)]
+    text, blind = "see <imgpad> and <imgpad>, abcabcab", "no image at all, no"
+    expected = []
+    for inputs in (
+        processor(images=page, return_tensors="pt"),
+        processor(images=others, text=[text], return_tensors="pt"),
+        processor.tokenizer(blind, return_tensors="pt"),
+    ):
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(pipe.dtype)
+        out = pipe.model.generate(**inputs, do_sample=False, max_new_tokens=12)
+        expected.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+    prompts, images = [chat(page, " OCR: "), text, blind], [None, others, None]
+    for drafter in ("early_exit", "jacobi"):
+        options = {"max_new_tokens": 12, "drafter": drafter, "width": 6}
+        assert tokens_of(pipe(prompts, images=images, **options)) == expected
+        for row in (0, 1):
+            alone = pipe(prompts[row], images=images[row], **options)
+            assert tokens_of(alone) == expected[row : row + 1]
+    changed = pipe(chat(picture(4), " OCR: "), max_new_tokens=12)
+    assert tokens_of(changed) != expected[:1], "the image must matter"
+    options = {"format": False, "images_kwargs": {}}
+    _, (own,), *_ = processor.prepare_inputs_layout(images=[page], **options)
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " OCR: "}]}]
+    template = {"add_generation_prompt": True, "tokenize": False}
+    assert pipe.processor.apply_chat_template(said, **template) == own
 
 
 @pytest.mark.supports("sampled", SUPPORTED["llava"])
