@@ -102,6 +102,28 @@ def test_captions_depend_on_seed_and_content_alone(vlm, pictures, tmp_path):
     assert killed.read_bytes() != content
 
 
+def test_captions_are_drafted_from_those_before(vlm, pictures, tmp_path):
+    for number in range(1, 6):
+        shutil.copy(pictures / "p0.png", pictures / f"p{number}.png")
+    command = ["caption", pictures, "--model", vlm, *CAPTION, "--batch-size", 1, "--json"]
+    taus, texts = {}, {}
+    for drafter in (None, "ngram", "none"):
+        out = tmp_path / f"{drafter}.jsonl"
+        named = [] if drafter is None else ["--drafter", drafter]
+        taus[drafter] = json.loads(run(*command, "--out", out, *named).stdout)["tau"]
+        texts[drafter] = [record | {"settings": None} for record in records_of(out)]
+    assert texts[None] == texts["ngram"] == texts["none"]
+    assert taus["none"] == 1
+    assert taus[None] > 2 * taus["ngram"]
+    out = tmp_path / "None.jsonl"
+    whole = out.read_bytes()
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
+    summary = json.loads(run(*command, "--out", out).stdout)
+    assert summary["skipped"] == 5
+    assert summary["tau"] > 2 * taus["ngram"]  # of one picture, whose caption the journal knows
+    assert out.read_bytes() == whole
+
+
 def test_bad_pictures_are_reported_and_the_others_captioned(vlm, pictures, tmp_path):
     (pictures / "p2_empty.png").touch()
     cut = (pictures / "p1.png").read_bytes()[:60]
@@ -302,9 +324,9 @@ def test_a_continued_parse_drafts_from_the_pages_before(vlm, documents, tmp_path
 
 def test_only_the_latest_pages_are_recalled(tmp_path, monkeypatch):
     job = ParseJob(load=list, model="m", dtype="float32", reader=Reader(), options={})
-    monkeypatch.setattr("mmspec.jobs.documents.MAX_RECALLED", 7)
+    monkeypatch.setattr("mmspec.jobs.recall.MAX_RECALLED", 7)
     with Journal(tmp_path / "pages.jsonl", {}) as journal:
-        assert job.after(journal) is job
+        assert job.after(journal) == job
         texts = ["aaaa", "bbb", None, "cccc"]
         records = [{"file": "f", "page": n, "text": text} for n, text in enumerate(texts)]
         journal.add(records)
