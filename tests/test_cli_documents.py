@@ -1,7 +1,9 @@
 """`mmspec caption` and `mmspec parse` with tiny random models."""
 
+import io
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,11 +19,13 @@ from PIL import Image
 from saved import save_vlm
 from typer.testing import CliRunner
 
+from mmspec import cli_documents
 from mmspec.cli import app
 from mmspec.documents import Reader
 from mmspec.jobs.captions import image_request
 from mmspec.jobs.documents import ParseJob, markdown
 from mmspec.jobs.journal import Journal
+from mmspec.jobs.pages import Answer
 from mmspec.ocr import PageText
 from mmspec.pipelines import SpeculativeDocumentPipeline, SpeculativeVLMPipeline
 
@@ -157,6 +161,42 @@ def test_captions_of_two_workers_are_those_of_one(vlm, pictures, tmp_path):
     for workers in (1, 2):
         run(*command, "--out", tmp_path / f"{workers}.jsonl", "--workers", workers)
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+
+
+def test_a_full_disk_ends_the_job_and_keeps_what_was_finished(vlm, pictures, tmp_path):
+    out, limit = tmp_path / "captions.jsonl", 1200
+    command = ["caption", pictures, "--model", vlm, *CAPTION, "--batch-size", "1", "--out", out]
+    process = subprocess.run(
+        [sys.executable, "-m", "mmspec.cli", *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert process.returncode == 1
+    assert (
+        f"cannot write to {out}: File too large; what was finished is kept"
+        in process.stderr.splitlines()[-1]
+    )
+    assert "Traceback" not in process.stderr
+    done = records_of(out)
+    assert 0 < len(done) < 6
+    run(*command)
+    assert records_of(out)[: len(done)] == done
+    assert len(records_of(out)) == 6
+
+
+def test_a_terminal_is_shown_a_bar_of_pages(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with cli_documents._page_bar(6, 4) as bar:
+        after_batch = cli_documents._follower(bar, None, None)
+        after_batch([Answer(record={"error": None})] * 2 + [Answer(record={"error": "p4 is bad"})])
+    shown = terminal.getvalue()
+    assert "2/6" in shown
+    assert "5/6" in shown
+    assert "mmspec: p4 is bad\n" in shown
 
 
 # ------------------------------------------------------------------------------------ documents
