@@ -9,7 +9,7 @@ the data to be what the target predicted last.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -119,6 +119,7 @@ def run_video(
     window: int,
     side: int,
     prompts: Sequence[str],
+    defaults: Mapping[str, Any],
 ) -> Sample:
     """Counts over all blocks of a video for each prompt.
 
@@ -130,15 +131,21 @@ def run_video(
         window: Steps drafted at most.
         side: Pixels.
         prompts: Each has a seed of its own.
+        defaults: Of a call of the pair: guidance, attention and tokens of a prompt count.
     """
     sizes = target.transformer.config.chunk_partition
     num_frames = (sum(sizes) - 1) * target.vae_scale_factor_temporal + 1
     layout = FarFamily(target).layout(num_frames, side, side, None)
-    models = [FarFamily(pipe).model(layout, 1.0) for pipe in (target, draft) if pipe is not None]
+    names = ("guidance_scale", "drafter_guidance_scale")
+    models = [
+        FarFamily(pipe).model(layout, defaults.get(name, 1.0), defaults.get("attention"))
+        for pipe, name in zip((target, draft), names, strict=True)
+        if pipe is not None
+    ]
     sampler = Sampler.make(levels_of(num_steps, target.scheduler.config.shift), noise)
     steps: list[StepRecord] = []
     for seed, text in enumerate(prompts):
-        context = Context(prompt_of(target, text, seed))
+        context = Context(prompt_of(target, text, seed, defaults))
         for size in layout.block_sizes:
             shape = (1, size, layout.channels, layout.height, layout.width)
             predicts = [FlowMapPredict(model, context, shape, noise) for model in models]
@@ -152,13 +159,16 @@ def run_video(
     return counts(steps) | {"dims": math.prod(shape)}
 
 
-def prompt_of(pipe: Any, text: str, seed: int) -> Prompt:
+def prompt_of(pipe: Any, text: str, seed: int, defaults: Mapping[str, Any]) -> Prompt:
     """The prompt, or random embeddings where there is no text encoder."""
     if pipe.text_encoder is None:
         embeds = torch.randn(1, 8, pipe.transformer.config.text_dim, generator=seeded(seed))
         return Prompt(text=None, embeds=embeds)
-    embeds, _ = pipe.encode_prompt(prompt=text, do_classifier_free_guidance=False)
-    return Prompt(text=text, embeds=embeds)
+    lengths = {key: defaults[key] for key in ("max_sequence_length",) if key in defaults}
+    embeds, negative = pipe.encode_prompt(
+        prompt=text, do_classifier_free_guidance=defaults.get("guidance_scale", 1.0) > 1, **lengths
+    )
+    return Prompt(text=text, embeds=embeds, negative_embeds=negative)
 
 
 def counts(steps: Sequence[StepRecord]) -> Sample:
@@ -233,7 +243,9 @@ def main(
                 figures = run_toy(size, num_steps, noise, name, window, rows)
             else:
                 draft, texts = pipe.drafter if name == "model" else None, prompts.split(";")
-                figures = run_video(pipe.target, draft, num_steps, noise, window, side, texts)
+                figures = run_video(
+                    pipe.target, draft, num_steps, noise, window, side, texts, pipe.defaults
+                )
             store.add([{"key": key, **place, **figures}])
         sample = store.samples[key]
         found.append({"type": "row"} | {k: sample[k] for k in [*place, *COUNTS]})

@@ -25,12 +25,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from mmspec.assets import bundled_path
-from mmspec.bench.document import Reader, garbled
+from mmspec.bench.document import garbled
 from mmspec.bench.vlm import new_store
 from mmspec.bench.vlm_setups import load_captions, load_pages, load_vlm, run_vlm
 from mmspec.drafters.ngram import NgramDrafter
 from mmspec.drafters.reference import ReferenceDrafter
 from mmspec.ledger import Ledger
+from mmspec.ocr import installed_engines, open_engine
 from mmspec.records import Guarantee, Outcome, Proposal, Scores
 from mmspec.retrieval_schedule import RetrievalSchedule
 from mmspec.rows import TokenRows
@@ -69,8 +70,9 @@ def written(model: str, keep: Path) -> list[dict[str, Any]]:
     """The inputs: prompt, output and texts of each; from the file if it is there."""
     if keep.exists():
         return list(json.loads(keep.read_text()))
-    loaded, reader, found = load_vlm(model, "float32"), Reader("auto"), []
+    loaded, found = load_vlm(model, "float32"), []
     if model == "pages":
+        reader = open_engine(installed_engines()[0])
         entries = [one for kind in KINDS for one in load_pages(model, [kind], KINDS[kind])]
     else:
         entries = load_captions(model)
@@ -88,7 +90,9 @@ def written(model: str, keep: Path) -> list[dict[str, Any]]:
         is_token = inputs["attention_mask"].bool()
         for row, (entry, tokens) in enumerate(zip(batch, outputs, strict=True)):
             prompt = inputs["input_ids"][row][is_token[row]].tolist()
-            texts = {"text": entry["text"], "ocr": reader.text(entry)[0]} if "text" in entry else {}
+            texts = {}
+            if "text" in entry:
+                texts = {"text": entry["text"], "ocr": reader(entry["image"]).text}
             found.append({"kind": entry["kind"], "prompt": prompt, "tokens": tokens, **texts})
     keep.write_text(json.dumps(found))
     return found

@@ -87,8 +87,12 @@ def parse(
     ocr_workers: Annotated[
         int, typer.Option(min=1, help="Threads of the engine, beside the model.")
     ] = 1,
+    ocr_wait: Annotated[
+        bool,
+        typer.Option("--ocr-wait", help="Begin a page after its OCR instead of beside it."),
+    ] = False,
     prefetch: Annotated[
-        int, typer.Option(min=0, help="Batches drawn and read by OCR while the model writes.")
+        int, typer.Option(min=0, help="Batches drawn and begun by OCR while the model writes.")
     ] = 1,
     regions: Annotated[
         bool, typer.Option("--regions", help="Read regions first and draft from them.")
@@ -127,6 +131,7 @@ def parse(
             reader=Reader(dpi=dpi, password=password),
             ocr=None if ocr == "none" else ocr,
             ocr_workers=ocr_workers,
+            ocr_wait=ocr_wait,
             prompt=prompt,
             regions=regions,
             options=options,
@@ -147,7 +152,6 @@ def parse(
             batch_size=batch_size,
             num_workers=workers,
             prefetch=prefetch,
-            num_readers=ocr_workers,
             retry_errors=retry_errors,
         )
 

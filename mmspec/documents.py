@@ -21,7 +21,7 @@ from pypdfium2.raw import FPDF_ERR_PASSWORD
 from mmspec.checks import is_integer, reason_of, require
 
 if TYPE_CHECKING:
-    from mmspec.ocr_reading import Reading
+    from mmspec.ocr_reading import PendingReading, Reading
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 DOCUMENTS = (".pdf", *PICTURES)
@@ -60,12 +60,12 @@ class Sheet:
 
     Attributes:
         image: RGB, upright, on white.
-        text: The text layer of a born-digital page, what an OCR engine has read ahead, or None.
+        text: The text layer of a born-digital page, what an OCR engine reads ahead, or None.
         wait_time_s: Seconds in which the model waited for it.
     """
 
     image: Image.Image
-    text: "str | Reading | None" = None
+    text: "str | PendingReading | Reading | None" = None
     wait_time_s: float = 0.0
 
     @property

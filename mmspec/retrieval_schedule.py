@@ -34,13 +34,15 @@ class RetrievalSchedule:
     what decoding without drafts consists of. So it is not timed; the step behind it is.
     """
 
+    #: Times the median that a step counts at most: a pause or a compilation is no cost of a width.
+    PAUSE = 1.5
     #: Share of that price; near break-even the seconds hardly change, while more units per forward
     #: come out.
     LENIENCE = 0.8
     #: Plain steps that asking may lose before the first rest, as a share of a generation and at
     #: most, and the share of these before any later rest.
     GRACE_SHARE = 0.03
-    GRACE = 12
+    GRACE = 8
     LATER_GRACE = 0.25
     #: Plain steps that were saved before and may be lost on top.
     CREDIT = 24
@@ -106,6 +108,15 @@ class RetrievalSchedule:
         self._asked = clamped(self._widths[-1], self._remaining())
         return Plan(width=self._asked, prices=self._prices(plain))
 
+    def wake(self) -> None:
+        """Asks again from the next step on: there is something new to draft from.
+
+        It may lose what may be lost after a rest, for what was lost before is not its fault.
+        """
+        self._wakes_at = self._steps
+        self._rest = self.FIRST_REST
+        self._lost = min(self._lost, (1.0 - self.LATER_GRACE) * self._bound)
+
     def observe(self, record: StepRecord) -> None:
         """Learns what the step cost and, if it was asked for, what it saved."""
         if not self._has_begun:
@@ -123,8 +134,8 @@ class RetrievalSchedule:
         if self._asked == 1:
             self._last_plain = self._steps if is_timed else self._last_plain
         elif plain is not None:
-            # A compilation is no measure of the speed: what is usual for the width counts.
-            took = min(record.wall_time_s, self._cost(key) or math.inf)
+            # Dear steps count in full, or drafts that lose seem to break even; pauses do not.
+            took = min(record.wall_time_s, self.PAUSE * (self._cost(key) or math.inf))
             self._units_per_ask += 0.1 * (units - self._units_per_ask)
             self._weigh(units - took / plain, plain)
 

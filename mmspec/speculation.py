@@ -249,6 +249,8 @@ def _schedule(
     known, key = _STEP_COSTS.setdefault(model, {}), (num_forward_rows, settings.compile)
     schedule = RetrievalSchedule(width, remaining, costs=known.get(key))
     known[key] = schedule.costs
+    if hasattr(drafter, "on_arrival"):
+        drafter.on_arrival = schedule.wake
     return schedule
 
 

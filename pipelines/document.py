@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mmspec.checks import require, require_generator
 from mmspec.drafters import DrafterSpec, parse_spec
 from mmspec.drafters.trie import NgramTrie
 from mmspec.ocr import PageText, installed_engines, split_into_bands
-from mmspec.ocr_reading import OcrReader, Reading
+from mmspec.ocr_reading import OcrReader, PendingReading, Reading
 from mmspec.pipelines.base import SpeculativePipeline, check_positive
 from mmspec.pipelines.document_pages import DocumentOutput, Page, gathered, opened_pages
 from mmspec.pipelines.vlm import SpeculativeVLMPipeline, bundled_spec, with_loaded
@@ -77,7 +76,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         self.drafter: DrafterSpec = "auto" if drafter is None else drafter
         _name_of(self.drafter)
         self.prompt = PARSE_PROMPTS.get(reader.model.config.model_type, PARSE_PROMPT)
-        self._ocr_readers: dict[str, OcrReader] = {}
+        self._ocr_readers: dict[tuple[str, int], OcrReader] = {}
         self._has_warned = False
 
     @classmethod
@@ -152,29 +151,45 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         self.reader.remember(texts)
 
     def read_ahead(
-        self, image: Image.Image, *, ocr: str | None = "auto", drafter: DrafterSpec = None
-    ) -> Reading | None:
-        """Reads a page with an OCR engine, to be given to a later call as its reference.
+        self,
+        image: Image.Image,
+        *,
+        ocr: str | None = "auto",
+        ocr_workers: int = 1,
+        drafter: DrafterSpec = None,
+    ) -> PendingReading | Reading | None:
+        """Has an OCR engine read a page, to be given to a later call as its reference.
 
-        For threads beside a running call; each gets an engine of its own.
+        It returns at once; pages are read in the order in which they are begun. May be called in
+        a thread beside a running call.
 
         Args:
             image: The page.
             ocr: As in the call.
+            ocr_workers: As in the call.
             drafter: As in the call.
 
         Returns:
-            What was found; None if ``ocr`` is None or the drafter is given no references.
+            What the engine is at; None if ``ocr`` is None or the drafter is given no references.
 
         Raises:
             ValueError: If the engine is unknown or not installed.
         """
         if _name_of(drafter or self.drafter) not in _GUIDED:
             return None
-        reader = self._ocr_reader(ocr)
+        reader = self._ocr_reader(ocr, ocr_workers)
         if reader is None:
             return None if ocr is None else _UNREAD
-        return reader(image)
+        return reader.begin(image)
+
+    def stop_reading(self, *, wait: bool = False) -> None:
+        """Gives up the pages of `read_ahead` that no engine is at.
+
+        Args:
+            wait: Until the engines are through with the others.
+        """
+        for reader in self._ocr_readers.values():
+            reader.stop(wait=wait)
 
     @torch.no_grad()
     def __call__(
@@ -184,6 +199,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         references: Any = None,
         ocr: str | None = "auto",
         ocr_workers: int = 1,
+        ocr_wait: bool = False,
         prompt: str | None = None,
         store: bool = True,
         regions: bool = False,
@@ -195,12 +211,15 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         Args:
             pages: A PIL image or the path of a file, or a list of them.
             references: Texts that the output probably resembles, such as a PDF's text layer: one
-                for a single page, or a list with a text, a `PageText`, a `Reading` of
-                `read_ahead` or None for each.
+                for a single page, or a list with a text, a `PageText`, what `read_ahead` returned
+                or None for each.
             ocr: What reads pages without a reference: a name of `mmspec.ocr.ENGINES`, "auto" (the
-                first that is installed), or None. It works beside the target, on the pages of
-                later batches too.
+                first that is installed), or None. It works beside the target, which begins at
+                once and drafts from a page's text from when it is there; a reading is given up
+                when its page is complete.
             ocr_workers: Threads in which it does, each with an engine of its own.
+            ocr_wait: Begin a batch when its pages are read. Nothing depends on the speed of the
+                engine then but the time.
             prompt: What the model is asked; None is what its family was trained on, or
                 `PARSE_PROMPT`.
             store: Draft from earlier pages, those of earlier calls included, and keep these.
@@ -221,6 +240,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         name = _name_of(drafter)
         check_positive("batch_size", batch_size)
         check_positive("ocr_workers", ocr_workers)
+        require(isinstance(ocr_wait, bool), "ocr_wait", "True or False", ocr_wait)
         require(prompt is None or isinstance(prompt, str), "prompt", "None or a text", prompt)
         if prompt is None and self.model.config.model_type == "vision-encoder-decoder":
             raise ValueError(
@@ -235,25 +255,30 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         drafter = None if name == "auto" else drafter
         memory = self.store if store else None
         outputs: list[WrittenOutput] = []
-        pool = ThreadPoolExecutor(max_workers=ocr_workers)
+        read: list[Page] = []
         self._interrupt = False
         try:
             if is_guided:
-                self._begin_reading(work, ocr, pool)
+                read = self._begin_reading(work, ocr, ocr_workers)
             for batch, generator in zip(batches, seeds, strict=True):
                 if regions and is_guided:
                     self._read_regions(batch, drafter, prompt, options)
                 if self._interrupt:
                     break
-                spec = _guided(drafter, batch, self.tokenizer, memory) if is_guided else drafter
+                spec = drafter
+                if is_guided:
+                    spec = _guided(drafter, batch, self.tokenizer, memory, ocr_wait)
                 images = [page.image for page in batch]
                 outputs.append(
                     self._ask(images, prompt, drafter=spec, generator=generator, **options)
                 )
+                for page in batch:
+                    page.close()
                 if outputs[-1].interrupted:
                     break
         finally:
-            pool.shutdown(cancel_futures=True)
+            for page in read:
+                page.close()
         return gathered(work, outputs, time.perf_counter() - started, len(batches))
 
     def _ask(self, images: list[Image.Image], prompt: str | None, **options: Any) -> WrittenOutput:
@@ -272,17 +297,22 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         assert isinstance(answer, WrittenOutput)
         return answer
 
-    def _begin_reading(self, work: list[Page], ocr: str | None, pool: ThreadPoolExecutor) -> None:
-        """Sets the OCR engine to work on the pages without a reference."""
-        unread = [page for page in work if page.source == "none" and page.error is None]
-        reader = self._ocr_reader(ocr) if unread or ocr != "auto" else None
+    def _begin_reading(self, work: list[Page], ocr: str | None, num_threads: int) -> list[Page]:
+        """Sets the OCR engine to work on the pages without a reference, which are returned."""
+        unread = [
+            page
+            for page in work
+            if page.source == "none" and page.error is None and page.reading is None
+        ]
+        reader = self._ocr_reader(ocr, num_threads) if unread or ocr != "auto" else None
         for page in unread:
             if reader is not None:
-                page.reading = pool.submit(reader, page.image)
+                page.take(reader.begin(page.image))
             elif ocr == "auto":
                 page.take(_UNREAD)
+        return unread
 
-    def _ocr_reader(self, ocr: str | None) -> OcrReader | None:
+    def _ocr_reader(self, ocr: str | None, num_threads: int) -> OcrReader | None:
         """What reads pages; None if nothing does."""
         if ocr == "auto":
             ocr = next(iter(installed_engines()), None)
@@ -291,9 +321,10 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
                 logger.warning("pages are drafted from n-grams alone: %s", _UNREAD.error)
         if ocr is None:
             return None
-        if ocr not in self._ocr_readers:
-            self._ocr_readers[ocr] = OcrReader(ocr)
-        return self._ocr_readers[ocr]
+        key = ocr, num_threads
+        if key not in self._ocr_readers:
+            self._ocr_readers[key] = OcrReader(ocr, num_threads)
+        return self._ocr_readers[key]
 
     def _read_regions(
         self, batch: list[Page], drafter: DrafterSpec, prompt: str | None, options: dict[str, Any]
@@ -304,7 +335,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
             bands = split_into_bands(page.image)
             if len(bands) < 2:
                 continue
-            text = page.reference()
+            text = page.awaited_reference()
             parts = []
             for top, bottom in bands:
                 crop = page.image.crop(
@@ -314,7 +345,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
                 if isinstance(text, PageText) and text.words:
                     part.text = text.between(top, bottom)
                 parts.append(part)
-            spec = _guided(drafter, parts, self.tokenizer, None)
+            spec = _guided(drafter, parts, self.tokenizer, None, False)
             answer = self._ask(
                 [part.image for part in parts],
                 prompt,
@@ -334,7 +365,11 @@ def _name_of(drafter: DrafterSpec) -> str:
 
 
 def _guided(
-    drafter: DrafterSpec, batch: Sequence[Page], tokenizer: Any, memory: NgramTrie | None
+    drafter: DrafterSpec,
+    batch: Sequence[Page],
+    tokenizer: Any,
+    memory: NgramTrie | None,
+    waits: bool,
 ) -> DrafterSpec:
     """The drafter of a batch: references and earlier pages."""
     options = {} if drafter is None else parse_spec(drafter)[1]
@@ -342,7 +377,7 @@ def _guided(
         "name": "reference",
         "memory": memory,
         **options,
-        "references": [page.reference for page in batch],
+        "references": [page.awaited_reference if waits else page.reference for page in batch],
         "tokenizer": tokenizer,
         "sources": [page.counts for page in batch],
     }

@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,10 +12,13 @@ from torch import Tensor
 from mmspec.checks import require
 from mmspec.drafters.reference import Reference
 from mmspec.ocr import PageText
-from mmspec.ocr_reading import Reading
+from mmspec.ocr_reading import PendingReading, Reading
 from mmspec.pipelines.vlm_inputs import opened
 from mmspec.pipelines.writing import WrittenOutput
 from mmspec.records import Stats
+
+#: What a page's reference is given as.
+_ONE = (str, PageText, Reading, PendingReading)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +31,7 @@ class DocumentStats:
         num_target_forwards: Steps of all batches, those of the region passes included.
         tau: Tokens per forward and row, region passes not included.
         ocr_time_s: Seconds that the OCR engine worked, mostly while the target did.
-        ocr_wait_s: Seconds of the call in which the target waited for it.
+        ocr_wait_s: Seconds of the call in which the target waited for it, where it does.
         wall_time_s: Seconds in all.
     """
 
@@ -58,10 +60,11 @@ class PageOutput:
             "none".
         sources: How many of its tokens came from "reference", "ngram" and "target"; empty for other
             drafters.
-        ocr_time_s: Seconds of OCR.
+        ocr_time_s: Seconds of OCR; of one that came too late, those until the page was complete.
         ocr_wait_s: Seconds of the call in which its batch waited for that.
         region_stats: Figures of its region pass.
-        error: Why it has no reference although one was asked for; the text is right all the same.
+        error: Why it has no reference although one was asked for, such as that it came too late;
+            the text is right all the same.
     """
 
     text: str
@@ -103,7 +106,7 @@ class Page:
         ocr_wait_s: As there.
         region_stats: As there.
         counts: Its `PageOutput.sources`.
-        reading: The reading of it that a thread is at.
+        reading: The reading of it, as long as it may still bring a reference.
     """
 
     image: Image.Image
@@ -114,10 +117,13 @@ class Page:
     ocr_wait_s: float = 0.0
     region_stats: Stats | None = None
     counts: Counter[str] = field(default_factory=Counter)
-    reading: Future[Reading] | None = None
+    reading: PendingReading | None = None
 
-    def take(self, given: Reference | Reading) -> None:
+    def take(self, given: Reference | Reading | PendingReading) -> None:
         """Takes a reference, if it has any text, and what is known of an engine's work."""
+        if isinstance(given, PendingReading):
+            self.reading = given
+            return
         if isinstance(given, Reading):
             self.error, self.ocr_time_s = given.error, given.time_s
             source, given = given.engine, given.text
@@ -127,13 +133,28 @@ class Page:
             self.text, self.source = given, source
 
     def reference(self) -> Reference:
+        """The page's reference, as far as there is one by now."""
+        if self.reading is not None:
+            self._settle(self.reading.poll())
+        return self.text
+
+    def awaited_reference(self) -> Reference:
         """The page's reference; waits for the engine."""
         if self.reading is not None:
             started = time.perf_counter()
-            self.take(self.reading.result())
+            self._settle(self.reading.wait())
             self.ocr_wait_s += time.perf_counter() - started
-            self.reading = None
         return self.text
+
+    def close(self) -> None:
+        """Gives up a reading that has brought nothing so far, and notes what became of it."""
+        if self.reading is not None:
+            self._settle(self.reading.end())
+
+    def _settle(self, found: Reading | None) -> None:
+        if found is not None:
+            self.reading = None
+            self.take(found)
 
 
 def opened_pages(pages: Any, references: Any) -> list[Page]:
@@ -145,7 +166,7 @@ def opened_pages(pages: Any, references: Any) -> list[Page]:
     given = list(pages) if isinstance(pages, list | tuple) else [pages]
     if not given:
         raise ValueError("at least one page is needed, got an empty list")
-    if references is None or isinstance(references, str | PageText | Reading):
+    if references is None or isinstance(references, _ONE):
         references = [references] if references is None or len(given) == 1 else references
         texts = references * len(given) if isinstance(references, list) else None
     else:
@@ -154,8 +175,9 @@ def opened_pages(pages: Any, references: Any) -> list[Page]:
     require(is_good, "references", f"one text or None for each of {len(given)} pages", references)
     work = []
     for index, (picture, text) in enumerate(zip(given, texts or [], strict=True)):
-        is_text = text is None or isinstance(text, str | PageText | Reading)
-        require(is_text, f"reference {index}", "a text, a PageText, a Reading or None", text)
+        is_text = text is None or isinstance(text, _ONE)
+        rule = "a text, a PageText, a Reading, a PendingReading or None"
+        require(is_text, f"reference {index}", rule, text)
         page = Page(opened(picture, f"page {index}"))
         page.take(text)
         work.append(page)

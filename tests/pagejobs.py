@@ -54,6 +54,9 @@ class ColourJob:
         assert pipe == "pipe"
         return sheet
 
+    def close(self, pipe):
+        assert pipe == "pipe"
+
     def write(self, pipe, tasks, sheets):
         assert pipe == "pipe"
         time.sleep(self.wait_s)

@@ -19,6 +19,7 @@ from mmspec.video_files import read_video_metadata
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 PROMPTS = ["a cat", "a dog runs", "the lawn"]
 SECONDS = {"draft_time_s", "judge_time_s", "target_time_s", "decode_time_s", "wall_time_s"}
+SECONDS |= {"first_block_s"}
 
 
 @pytest.fixture(scope="module")

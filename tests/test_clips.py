@@ -9,6 +9,7 @@ from mmspec.assets import bundled_path
 from mmspec.assets.clips.prompts import SPEEDS, Scene, all_scenes, parse_prompt
 from mmspec.assets.clips.scoring import ROOM, score_clips, trajectories
 from mmspec.assets.forge.clips.simulator import bounce, paste
+from mmspec.pipelines import SpeculativeVideoPipeline
 
 
 def drawn(scenes, start=(3.0, 11.0)):
@@ -61,3 +62,28 @@ def test_held_out_prompts_are_disjoint_and_of_these_clips():
     assert not prompts["calibration"] & prompts["test"]
     for row in rows:
         parse_prompt(row["prompt"])
+
+
+@pytest.mark.slow
+def test_the_pair_makes_clips_of_their_prompts():
+    """The default call, judged by its own prompts and by those of other objects and colours."""
+    prompts = [
+        f"a {colour} {thing} moving {way} slowly"
+        for colour, thing, way in (
+            ("red", "bag", "right"), ("green", "sneaker", "up"), ("blue", "trouser", "left"),
+            ("yellow", "dress", "down"),
+        )
+    ]  # fmt: skip
+    pipe = SpeculativeVideoPipeline.from_pretrained("bundled:clips")
+    pipe.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    out = pipe(prompts, generator=seeds, output_type="pt")
+    assert out.frames.shape == (4, 33, 3, 32, 32)
+    made = [record.source for record in out.blocks[0]]
+    assert made == ["target"] + ["drafter"] * 8
+    own, swapped = (
+        sum(one["class"] for one in score_clips(out.frames, texts)) / len(texts)
+        for texts in (prompts, prompts[1:] + prompts[:1])
+    )
+    assert own > 0.6
+    assert swapped < 0.1

@@ -295,6 +295,38 @@ def test_a_plain_step_behind_an_asked_one_is_not_what_plain_decoding_costs():
     assert 0.3 * sum(asked) < 0.06 * len(asked)
 
 
+def test_something_new_to_draft_from_ends_a_rest():
+    def plans(wakes_at):
+        schedule, planned = free_schedule({1: [1.0] * 3}), []
+        for step in range(400):
+            if step == wakes_at:
+                schedule.wake()
+            planned.append(schedule.plan().width > 1)
+            # What is asked before the news brings nothing, and then it is all accepted.
+            is_good = planned[-1] and step >= wakes_at
+            lost = record(4, 3.0) if planned[-1] else record(1, 1.0)
+            schedule.observe(record(16, 3.0, 15) if is_good else lost)
+        return planned
+
+    asleep = plans(10**6)
+    assert not any(asleep[60:70])
+    woken = plans(60)
+    assert woken[:60] == asleep[:60]
+    assert all(woken[60:])
+
+
+def test_news_that_bring_nothing_are_not_believed_for_long():
+    schedule, asked = free_schedule({1: [1.0] * 3}), 0
+    for step in range(1000):
+        if step % 100 == 50:
+            schedule.wake()
+        is_asked = schedule.plan().width > 1
+        asked += is_asked
+        schedule.observe(record(4, 3.0) if is_asked else record(1, 1.0))
+    # Each asked step loses two plain ones. Ten whole bounds would be more than a tenth of the time.
+    assert 2.0 * asked < 0.1 * 1000
+
+
 def test_drafts_that_do_not_pay_rest_longer_and_longer_until_they_do():
     schedule, asked = free_schedule({1: [1.0] * 3}), []
     for _ in range(700):
@@ -339,3 +371,58 @@ def test_costs_are_carried_over_but_soon_replaced():
     assert schedule.plan().prices[16] == 0.0
     assert list(schedule.costs[1]) == [9.0] * 3
     assert list(schedule.costs[16]) == [9.0] * 3 + [1.0] * 4
+
+
+#: What asking costs in plain steps and how many drafts are accepted, behind so many units.
+SCRIPTS = {
+    "nearly two units for more than two steps": lambda units, dice: (2.2, int(dice.random() < 0.9)),
+    "runs of copies": lambda units, dice: (2.0, 15) if units % 100 < 24 else (1.15, 0),
+    "useless, then good": lambda units, dice: (2.0, 3 * (units >= 1750)),
+    "good, then useless": lambda units, dice: (2.0, 3 * (units < 1750)),
+    "good": lambda units, dice: (1.6, int(dice.random() < 0.9)),
+}
+
+
+def scripted(make, script, seed, *, pause_every=0):
+    """Units per plain step over ten pages of 350 units.
+
+    Times are spread as on a busy machine. Neither the spread nor pauses of ten steps count.
+    """
+    dice, costs, seconds, units, steps = random.Random(seed), {}, 0.0, 0, 0
+    for page in range(10):
+        left = [480]
+        schedule = make(lambda left=left: left[0], costs)
+        schedule.observe(record(1, 0.0))
+        while units < 350 * (page + 1):
+            steps += 1
+            took, accepted = script(units, dice) if schedule.plan().width > 1 else (1.0, 0)
+            spread = dice.lognormvariate(0.0, 0.15)
+            if pause_every and steps % pause_every == 0:
+                spread *= 10.0
+            schedule.observe(record(16 if took > 1.5 else 1, took * spread, accepted))
+            seconds += took
+            units += accepted + 1
+            left[0] = 480 - units + 350 * page
+        costs = getattr(schedule, "costs", {})
+    return units / seconds
+
+
+@pytest.mark.parametrize("pause_every", [0, 50])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_asking_loses_little_against_the_better_of_always_and_never(name, pause_every):
+    def speed(make):
+        runs = [scripted(make, SCRIPTS[name], seed, pause_every=pause_every) for seed in range(2)]
+        return sum(runs) / 2
+
+    best = max(speed(lambda left, _, w=w: FixedSchedule(w, left)) for w in (1, 16))
+    assert speed(lambda left, costs: RetrievalSchedule(16, left, costs=costs)) > 0.94 * best
+
+
+def test_steps_whose_cost_varies_are_not_taken_for_their_median():
+    """Two of five steps take half as long again: drafts that pay at the median lose time."""
+    schedule, asked = free_schedule({1: [1.0] * 3}), []
+    for _ in range(700):
+        asked.append(schedule.plan().width > 1)
+        seconds = 1.6 + 0.8 * (sum(asked) % 5 < 2)
+        schedule.observe(record(8, seconds, sum(asked) % 5 > 0) if asked[-1] else record(1, 1.0))
+    assert sum(asked) < 250

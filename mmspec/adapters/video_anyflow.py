@@ -48,6 +48,8 @@ class FarModel:
             attention: "dense" while this model runs, or else as the transformer has it.
         """
         self._transformer = transformer
+        # To say them, diffusers walks through all modules: too much for every step.
+        self._device, self._dtype = transformer.device, transformer.dtype
         self._attention: AbstractContextManager[Any] = nullcontext()
         if attention == "dense":
             self._attention = DenseAttention(transformer)
@@ -63,7 +65,7 @@ class FarModel:
         self, context: Context, sample: Tensor, *, num_steps: int, first: int, last: int
     ) -> Tensor:
         """As `BlockModel.denoise`; the context is read when it is another than last time."""
-        self._scheduler.set_timesteps(num_steps, device=self._transformer.device)
+        self._scheduler.set_timesteps(num_steps, device=self._device)
         state_BFCHW = self._frames_first(sample)
         for step in range(first, last):
             state_BFCHW = self._step(context, state_BFCHW, step)
@@ -152,8 +154,8 @@ class FarModel:
             heads, size = config.num_attention_heads, config.attention_head_dim
             return torch.zeros(
                 (2, num_rows, heads, num_tokens, size),
-                device=self._transformer.device,
-                dtype=self._transformer.dtype,
+                device=self._device,
+                dtype=self._dtype,
             )
 
         return {
@@ -165,8 +167,7 @@ class FarModel:
         }
 
     def _frames_first(self, latents_BCFHW: Tensor) -> Tensor:
-        model = self._transformer
-        return latents_BCFHW.to(model.device, model.dtype).permute(0, 2, 1, 3, 4)
+        return latents_BCFHW.to(self._device, self._dtype).permute(0, 2, 1, 3, 4)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """Twice, for the negative prompt and the prompt, where there is guidance."""
@@ -177,7 +178,7 @@ class FarModel:
         embeds, negative_embeds = prompt.embeds, prompt.negative_embeds
         if self._num_copies == 2 and negative_embeds is not None:
             embeds = torch.cat([negative_embeds, embeds])
-        return embeds.to(self._transformer.device, self._transformer.dtype)
+        return embeds.to(self._device, self._dtype)
 
 
 class FarFamily:

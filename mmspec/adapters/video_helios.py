@@ -49,6 +49,8 @@ class HeliosModel:
             guidance_scale: Of classifier-free guidance; at most 1 is none.
         """
         self._transformer = transformer
+        # To say them, diffusers walks through all modules: too much for every step.
+        self._device, self._dtype = transformer.device, transformer.dtype
         self._scheduler = type(scheduler).from_config(scheduler.config)
         self._guidance_scale = guidance_scale
         size, patch = layout.block_sizes[0], transformer.config.patch_size
@@ -82,10 +84,10 @@ class HeliosModel:
         require(
             (first, last) == (0, num_steps), "the steps of a block", "taken whole", (first, last)
         )
-        model, scheduler = self._transformer, self._scheduler
+        scheduler = self._scheduler
         sigmas = np.linspace(FIRST_SIGMA, 0.0, num_steps + 1)[:-1]
-        scheduler.set_timesteps(num_steps, device=model.device, sigmas=sigmas, mu=self._shift)
-        state = sample.to(model.device)
+        scheduler.set_timesteps(num_steps, device=self._device, sigmas=sigmas, mu=self._shift)
+        state = sample.to(self._device)
         inputs = self._places | self._history(context, state)
         for time in scheduler.timesteps:
             velocity = self._velocity(context, state, time, inputs)
@@ -108,21 +110,21 @@ class HeliosModel:
         model = self._transformer
         with model.cache_context(name):
             return model(
-                hidden_states=state.to(model.dtype),
+                hidden_states=state.to(self._dtype),
                 timestep=time.expand(1),
-                encoder_hidden_states=embeds.to(model.device, model.dtype),
+                encoder_hidden_states=embeds.to(self._device, self._dtype),
                 return_dict=False,
                 **inputs,
             )[0]
 
     def _history(self, context: Context, state: Tensor) -> dict[str, Tensor]:
         """The committed latents as the model wants them; zeros where there are none yet."""
-        model, num_frames = self._transformer, sum(HISTORY_SIZES)
+        num_frames = sum(HISTORY_SIZES)
         nothing = state.new_zeros(*state.shape[:2], num_frames, *state.shape[3:])
         blocks = [block.to(state) for block in context.blocks]
-        past = torch.cat([nothing, *blocks], dim=2)[:, :, -num_frames:].to(model.dtype)
+        past = torch.cat([nothing, *blocks], dim=2)[:, :, -num_frames:].to(self._dtype)
         old, middle, new = past.split(HISTORY_SIZES, dim=2)
-        first = (blocks[0] if blocks else nothing)[:, :, :1].to(model.dtype)
+        first = (blocks[0] if blocks else nothing)[:, :, :1].to(self._dtype)
         return {
             "latents_history_long": old,
             "latents_history_mid": middle,

@@ -27,6 +27,8 @@ class WanCodec:
         """
         require(not vae.use_tiling, "vae.use_tiling", "off: blocks are decoded whole", True)
         self._vae = vae
+        # To say them, diffusers walks through all modules: too much for every block.
+        self._device, self._dtype = vae.device, vae.dtype
 
     @torch.no_grad()
     def decode(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -34,7 +36,7 @@ class WanCodec:
         vae = self._vae
         is_first = state is None
         memory = [None] * vae._cached_conv_counts["decoder"] if is_first else list(state)
-        frames = vae.post_quant_conv(normalised(vae, latents))
+        frames = vae.post_quant_conv(self._normalised(latents))
         pictures: list[Tensor] = []
         for frame in frames.split(1, dim=2):
             first = {"first_chunk": True} if is_first and not pictures else {}
@@ -44,14 +46,12 @@ class WanCodec:
             pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
         return pixels.clamp(-1.0, 1.0), memory
 
+    def _normalised(self, latents: Tensor) -> Tensor:
+        """From the transformer's scale of latents to the VAE's."""
+        latents = latents.to(self._device, self._dtype)
 
-def normalised(vae: Any, latents: Tensor) -> Tensor:
-    """From the transformer's scale of latents to the VAE's."""
-    latents = latents.to(vae.device, vae.dtype)
+        def per_channel(values: list[float]) -> Tensor:
+            return torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
 
-    def per_channel(values: list[float]) -> Tensor:
-        return torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-
-    return latents / (1.0 / per_channel(vae.config.latents_std)) + per_channel(
-        vae.config.latents_mean
-    )
+        config = self._vae.config
+        return latents / (1.0 / per_channel(config.latents_std)) + per_channel(config.latents_mean)

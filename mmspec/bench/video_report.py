@@ -27,6 +27,8 @@ PHASES = ("target", "draft", "decode", "judge", "rest")
 def measured_costs(samples: Sequence[Sample], num_blocks: int) -> tuple[Costs, dict[str, float]]:
     """Medians over timed videos, and of each combination of scorers the seconds per picture.
 
+    Of a video the mean counts: with medians, prices would not add up to what was timed.
+
     Args:
         samples: Of `mmspec.bench.video_runs.time_tasks`.
         num_blocks: Of a video; without a judge each is decoded once.
@@ -82,12 +84,13 @@ def summarise(
         list(found),
         [[one["scores"]["quality"] for one in of] for of in found.values()],
         [[prices[name].seconds(Counts.mean([one])) for one in of] for name, of in found.items()],
+        [[one["kept"] / len(one["sources"]) for one in of] for of in found.values()],
         seed=seed,
     )
     walls = _walls(times)
     return [
         {"type": "setup", "setup": setup.name, "num_prompts": len(prompts)}
-        | _quality_row(setup.name, list(found), paired)
+        | _quality_row(setup, list(found), paired)
         | _time_row(setup.name, paired, walls, [s for s in times if s["system"] == setup.name])
         | {"same_blocks": _same_blocks(setup.name, times, by_setup[setup.name])}
         | _count_row(found[setup.name], prices[setup.name])
@@ -106,8 +109,8 @@ def _walls(times: Sequence[Sample]) -> dict[str, dict[tuple[int, int], float]]:
     return walls
 
 
-def _quality_row(name: str, names: Sequence[str], paired: Paired) -> Sample:
-    has_target = "never" in names
+def _quality_row(setup: Setup, names: Sequence[str], paired: Paired) -> Sample:
+    name, has_target = setup.name, "never" in names
     retained = paired.retained(name, "never") if has_target else None
     row: Sample = {
         "quality": paired.quality(name).to_list(),
@@ -121,6 +124,9 @@ def _quality_row(name: str, names: Sequence[str], paired: Paired) -> Sample:
             continue
         estimate = paired.at_equal_time(name, members)
         row["over"][baseline] = estimate.to_list() if estimate is not None else None
+    members = baseline_of(setup.chance, names) if setup.chance is not None else []
+    choice = paired.at_equal_share(name, members) if len(members) > 1 else None
+    row["over_chance"] = choice.to_list() if choice is not None else None
     return row
 
 
@@ -137,6 +143,8 @@ def _time_row(
         "wall_s": median(ours.values()),
         "speedup_wall": median(theirs[run] / ours[run] for run in ours if run in theirs),
         "num_timed": len(own),
+        "first_s": median(s["first_s"] for s in own),
+        "wall_diffusers_s": median(theirs.values()),
         "phases_s": phases,
     }
 
@@ -150,12 +158,14 @@ def _count_row(samples: Sequence[Sample], costs: Costs) -> Sample:
     counts = Counts.mean(samples)
     total = {name: sum(s[name] for s in samples) for name in ("kept", "judged", "offered")}
     num_blocks = sum(len(s["sources"]) for s in samples)
+    num_vain = counts.decodes - num_blocks / len(samples)
     return {
         "counts": asdict(counts),
         "share_kept": total["kept"] / num_blocks,
         "share_kept_of_judged": ratio(total["kept"], total["judged"] or None),
-        "decodes_beyond": counts.decodes - num_blocks / len(samples),
+        "decodes_beyond": num_vain,
         "judging_share": costs.judging_share(counts),
+        "judging_decoding_share": costs.judging_share(counts, num_vain),
         "affordable_ms": _milli(affordable(costs, counts)),
         "picture_ms": 1e3 * costs.picture,
         "offered": total["offered"] / len(samples),
@@ -184,7 +194,7 @@ def sections(
     published = published_rows(refused)
     return [
         (f"Quality and time, {rows[0]['num_prompts']} prompts", _quality_table(rows)),
-        ("At equal time, quality over the baselines", _baseline_table(rows)),
+        ("Quality over the baselines, at equal time and at equal share", _baseline_table(rows)),
         ("What was done per video", _count_table(rows)),
         ("Seconds per video, timed", _phase_table(rows)),
         ("Prices", _price_table(costs, picture_s)),
@@ -266,15 +276,22 @@ def _quality_table(rows: Sequence[Sample]) -> str:
 
 def _baseline_table(rows: Sequence[Sample]) -> str:
     lines = [
-        [row["setup"], f"{row['model_s']:.3f}", *(_signed(row["over"].get(n)) for n in BASELINES)]
+        [
+            *(row["setup"], f"{row['model_s']:.3f}"),
+            *(_signed(row["over"].get(name)) for name in BASELINES),
+            _signed(row["over_chance"]),
+        ]
         for row in rows
     ]
     words = (
-        "Quality of a setup less that of the baseline's curve at the same model seconds; – where "
-        "the curve does not reach or the setup is part of it. Curves run from `always` (or "
-        "`first-block`) to `never`. *better* and *worse*: the interval excludes zero."
+        "Quality of a setup less the best on the baseline's curve at no more model seconds; – "
+        "where the curve begins later or the setup is part of it. Curves run from `always` (or "
+        "`first-block`) to `never`. *Chance, same share*: of a setup that looks, less chance "
+        "in the same places that keeps as many drafts, whatever the time: what choosing them is "
+        "worth. *better* and *worse*: the interval excludes zero."
     )
-    return f"{words}\n\n{table(['setup', 'model s', *BASELINES], lines)}"
+    headers = ["setup", "model s", *BASELINES, "chance, same share"]
+    return f"{words}\n\n{table(headers, lines)}"
 
 
 def _count_table(rows: Sequence[Sample]) -> str:
@@ -305,16 +322,23 @@ def _phase_table(rows: Sequence[Sample]) -> str:
             *(f"{row['phases_s'][phase]:.4f}" for phase in PHASES),
             percent(row["phases_s"]["judge"] / sum(row["phases_s"].values())),
             percent(row["judging_share"]),
+            percent(row["judging_decoding_share"]),
+            f"{row['first_s']:.4f}",
             row["num_timed"],
             percent(row["same_blocks"]),
         ]
         for row in timed
     ]
-    headers = ["setup", *PHASES, "judging, wall", "judging, model", "videos", "same blocks"]
+    headers = ["setup", *PHASES, "judging, wall", "judging, model"]
+    headers += ["with decoding refused drafts", "first block", "videos", "same blocks"]
+    whole = f"{timed[0]['wall_diffusers_s']:.4f}" if timed else "–"
     words = (
-        f"Goal for judging: at most {percent(JUDGING_GOAL)}; decoding is counted apart. *Same "
-        "blocks*: of the timed videos, those whose blocks came about as in the batches of the "
-        "videos for quality; rounding may move a score across its threshold."
+        "Goal for judging, with decoding refused drafts: at most "
+        f"{percent(JUDGING_GOAL)}. *Judging* is scoring pictures; the next column adds the decodes "
+        "beyond the blocks (counts times prices). *First block*: seconds from the call to its "
+        f"pictures; those of diffusers' call come after {whole}. *Same blocks*: of the timed "
+        "videos, those whose blocks came about as in the batches of the videos for quality; "
+        "rounding may move a score across its threshold."
     )
     return f"{words}\n\n{table(headers, lines)}"
 
@@ -349,11 +373,13 @@ def _loop_table(rows: Sequence[Sample], drafter_steps: int) -> str:
                 batched.seconds(ours),
                 *(percent(PUBLISHED.judging_share(counts)) for counts in (theirs, ours)),
                 percent(batched.judging_share(ours)),
+                percent(batched.judging_share(ours, row["decodes_beyond"])),
                 _milli(limit),
             ]
         )
     headers = ["setup", "SDVG's loop s", "ours s", "ours, batched s"]
-    headers += ["judging, SDVG's", "judging, ours", "judging, batched", "ms/picture for 5 %"]
+    headers += ["judging, SDVG's", "judging, ours", "judging, batched"]
+    headers += ["with decoding refused drafts", "ms/picture for 5 % without decoding"]
     words = (
         "Counts of this run with the prices of the published models (ImageReward for every "
         "scorer). SDVG's loop reads with both models before each block, drafts every block and "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmspec.bench.measure import Budget, Sample, Store, median, timed
+from mmspec.bench.measure import Budget, Sample, Store, timed
 from mmspec.bench.tasks import System, Task
 from mmspec.bench.video_pool import Pool, PooledVideoPipeline
 from mmspec.bench.video_setups import (
@@ -323,6 +323,10 @@ def _timed(videos: Videos, pipe: SpeculativeVideoPipeline, setup: Setup, index: 
                     pipe.device,
                 )
         stats, figures = out.stats, _figures(out, meter)
+        clocks = [target] if pipe.drafter is pipe.target else [target, drafter]
+        inside = sum(sum(clock.steps) + sum(clock.reads) for clock in clocks)
+        # A forward with what is done around it: guidance, the step of the sampler.
+        whole = (stats.target_time_s + stats.draft_time_s) / inside
         phases = {
             "target": stats.target_time_s,
             "draft": stats.draft_time_s,
@@ -331,12 +335,17 @@ def _timed(videos: Videos, pipe: SpeculativeVideoPipeline, setup: Setup, index: 
         }
         return {
             "time_s": time_s,
+            # What is not done in blocks is done before the first.
+            "first_s": time_s - stats.wall_time_s + (stats.first_block_s or 0.0),
             "phases_s": phases | {"rest": time_s - sum(phases.values())},
             "forward_s": {
-                "target_forward": median(target.steps),
-                "target_read": median(target.reads),
-                "drafter_forward": median(drafter.steps),
-                "drafter_read": median(drafter.reads),
+                name: whole * sum(seconds) / len(seconds) if seconds else None
+                for name, seconds in (
+                    ("target_forward", target.steps),
+                    ("target_read", target.reads),
+                    ("drafter_forward", drafter.steps),
+                    ("drafter_read", drafter.reads),
+                )
             },
             "scorers": list(setup.scorers),
             "frames": out.frames,

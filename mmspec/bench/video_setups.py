@@ -186,6 +186,12 @@ class Setup:
         return tuple(part.partition("@")[0] for part in self.parts if "@" in part)
 
     @property
+    def chance(self) -> str | None:
+        """The baseline that leaves the same places to chance; None where there is none."""
+        names = {"": "random", "first-block": "first-block+random"}
+        return names.get(self.base) if self.scorers and self.stitch is None else None
+
+    @property
     def threshold_keys(self) -> list[tuple[str, str, float]]:
         """What its thresholds are called."""
         pairs = [part.split("@") for part in self.parts if "@" in part]

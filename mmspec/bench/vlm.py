@@ -8,6 +8,7 @@ earlier ones too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,9 +73,10 @@ DEFAULT_SYSTEMS = ("generate", "prompt_lookup", "plain", "ngram", "ngram_store",
 #: transformers decodes these one row at a time only.
 SINGLE_ROW = ("prompt_lookup", "hf_assistant")
 
-#: What one of our systems drafts with for a batch of inputs, and the seconds of the OCR if it has
-#: one.
-Draft = Callable[[VisionModel, Sequence[Entry]], tuple[DrafterSpec, float | None]]
+#: Ends an OCR that works beside the model, and tells its seconds.
+EndOcr = Callable[[], float]
+#: What one of our systems drafts with for a batch of inputs, and what ends its OCR if it has one.
+Draft = Callable[[VisionModel, Sequence[Entry]], tuple[DrafterSpec, EndOcr | None]]
 #: A drafter of a system for one job: it may learn from one batch to the next.
 NewDraft = Callable[[str], Draft]
 
@@ -207,6 +209,7 @@ def measure_with(new_draft: NewDraft, schedule: str, width: int | None) -> Measu
         schedule: As in `mmspec.speculation.Settings`.
         width: As there.
     """
+    steps = {"schedule": schedule, "width": width}
 
     def measure(config: Config, name: str, job: Job, repeat: int) -> Sample:
         size = config.batch
@@ -224,11 +227,8 @@ def measure_with(new_draft: NewDraft, schedule: str, width: int | None) -> Measu
             else:
                 draft, tokens, parts = new_draft(name), [], []
                 for batch, inputs in zip(batches, encoded, strict=True):
-                    spec, ocr_s = draft(config.loaded, batch)
-                    settings = Settings(drafter=spec, schedule=schedule, width=width)
-                    rows, part = _ours(config.loaded, inputs, settings, options)
-                    if ocr_s is not None:
-                        part |= {"ocr_time_s": ocr_s, "time_s": part["time_s"] + ocr_s}
+                    begin = partial(draft, config.loaded, batch)
+                    rows, part = _ours(config.loaded, inputs, begin, steps, options)
                     tokens += rows
                     parts.append(part)
                 figures = merged_figures(parts, sum(map(len, tokens)))
@@ -244,17 +244,26 @@ def measure_with(new_draft: NewDraft, schedule: str, width: int | None) -> Measu
 
 
 def _ours(
-    loaded: VisionModel, inputs: Mapping[str, Any], settings: Settings, options: Mapping[str, Any]
+    loaded: VisionModel,
+    inputs: Mapping[str, Any],
+    begin: Callable[[], tuple[DrafterSpec, EndOcr | None]],
+    steps: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> tuple[list[list[int]], Sample]:
-    spec = settings.drafter
-    small = spec.get("model") if isinstance(spec, Mapping) else None
-    with PromptMeter(small) as prompt:
-        (rows, figures), time_s = timed(
-            lambda: run_vlm(loaded, inputs, settings=settings, **options), loaded.device
-        )
-    if small is not None:
-        figures["drafter_prompt_tokens"] = prompt.num_tokens
-        figures["drafter_prompt_time_s"] = prompt.time_s
+    def run() -> tuple[list[list[int]], Sample, EndOcr | None]:
+        spec, end_ocr = begin()
+        settings = Settings(drafter=spec, **steps)
+        small = spec.get("model") if isinstance(spec, Mapping) else None
+        with PromptMeter(small) as prompt:
+            rows, figures = run_vlm(loaded, inputs, settings=settings, **options)
+        if small is not None:
+            figures["drafter_prompt_tokens"] = prompt.num_tokens
+            figures["drafter_prompt_time_s"] = prompt.time_s
+        return rows, figures, end_ocr
+
+    (rows, figures, end_ocr), time_s = timed(run, loaded.device)
+    if end_ocr is not None:
+        figures["ocr_time_s"] = end_ocr()
     return rows, figures | {"time_s": time_s}
 
 

@@ -354,9 +354,6 @@ def summarise(bench: Bench, samples: Sequence[Sample]) -> list[Sample]:
                 "speedup_over_plain_median": _median_speedup(found, costs["plain"]),
             }
         )
-        if all("ocr_time_s" in s for s in found):
-            bare = [s | {"time_s": s["time_s"] - s["ocr_time_s"]} for s in found]
-            rows[-1]["speedup_without_ocr_median"] = _median_speedup(bare, costs["generate"])
     order = {name: i for i, name in enumerate((*bench.kinds, "all"))}
     rank = {name: i for i, name in enumerate(bench.systems)}
 

@@ -50,7 +50,7 @@ _NO_MATCH = 0.4
 _INCOMPLETE = "\ufffd"
 
 
-#: A text, or what returns it once the prompts are read: an engine may still be at work.
+#: A text, or what returns it once it is there and None before: an engine may still be at work.
 Reference = str | PageText | None
 References = Sequence[Reference | Callable[[], Reference]]
 
@@ -60,6 +60,7 @@ class ReferenceDrafter:
 
     Attributes:
         memory: The trie of the retrieval, as in `NgramDrafter`.
+        on_arrival: Called when a reference has come after the rows were made.
     """
 
     name = "reference"
@@ -83,7 +84,7 @@ class ReferenceDrafter:
             rows: The rows.
             vocab_size: The target's vocabulary.
             references: One per row: a text, None, or what is called for it after the prompts are
-                read.
+                read, and before every step as long as it returns None.
             tokenizer: The target's tokenizer.
             sources: One counter per row, which is told where its tokens came from: "reference",
                 "ngram" or "target". What both found counts for the reference.
@@ -102,23 +103,22 @@ class ReferenceDrafter:
         self.memory = self._ngram.memory
         self._rows = rows
         self._vocab_size = vocab_size
-        self._references = [given if callable(given) else _cut(given) for given in references]
+        self._asked = {row: ask for row, ask in enumerate(references) if callable(ask)}
         self._spelling = _Spelling(tokenizer, rows)
         self._num_places = _PLACES if branching > 1 else 1
         self._sources = sources
-        self._followers: list[_Follower | None] = []
+        self.on_arrival: Callable[[], None] = lambda: None
+        self._followers = [None if callable(one) else self._follower(one) for one in references]
         self._found: list[list[Draft]] = []
 
     def prefill(self) -> None:
         """Reads the prompts, and the references that were not there before."""
         self._ngram.prefill()
-        for given in self._references:
-            text = _cut(given()) if callable(given) else given
-            follower = _Follower(text, self._spelling, self._num_places) if text else None
-            self._followers.append(follower)
+        self._ask()
 
     def propose(self, plan: Plan) -> Proposal:
         """What follows in reference and memory, as far as it is worth verifying."""
+        self._ask()
         rows = self._rows
         if plan.width == 1:
             self._rest()
@@ -155,6 +155,21 @@ class ReferenceDrafter:
                     self._sources[row].update(self._origins(row, new, outcome.num_accepted[row]))
                 if follower is not None:
                     follower.learn(new)
+
+    def _ask(self) -> None:
+        """Follows the references that have come by now."""
+        for row, ask in list(self._asked.items()):
+            given = None if self._rows.host_done[row] else ask()
+            if given is not None:
+                del self._asked[row]
+                self._followers[row] = follower = self._follower(given)
+                if follower is not None:
+                    follower.learn(self._rows.new_tokens(row))
+                    self.on_arrival()
+
+    def _follower(self, given: Reference) -> "_Follower | None":
+        text = _cut(given)
+        return _Follower(text, self._spelling, self._num_places) if text is not None else None
 
     def _rest(self) -> None:
         """Looks for nothing in this step, so that nothing is learnt of drafts."""

@@ -77,6 +77,9 @@ class CaptionJob:
         """Nothing is known of a picture beforehand."""
         return sheet
 
+    def close(self, pipe: Any) -> None:
+        """`look` begins nothing."""
+
     def write(self, pipe: Any, tasks: Sequence[PageTask], sheets: Sequence[Sheet]) -> list[Answer]:
         """Captions pictures together.
 

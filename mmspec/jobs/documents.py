@@ -29,6 +29,7 @@ class ParseJob:
             says nothing, the pipeline's.
         ocr: Engine that drafts where a page has no text layer: "auto", a name, or None.
         ocr_workers: Threads of that engine.
+        ocr_wait: Begin a page when the engine is through with it.
         prompt: What is asked of each page; None is what the model was trained on.
         regions: Read regions of a page first and the page with them.
     """
@@ -40,6 +41,7 @@ class ParseJob:
     options: Mapping[str, Any]
     ocr: str | None = "auto"
     ocr_workers: int = 1
+    ocr_wait: bool = False
     prompt: str | None = None
     regions: bool = False
 
@@ -76,11 +78,20 @@ class ParseJob:
         return sheet
 
     def look(self, pipe: Any, sheet: Sheet) -> Sheet:
-        """Has the OCR read a page that has no text layer."""
+        """Has the OCR begin with a page that has no text layer."""
         if sheet.text is not None:
             return sheet
-        reading = pipe.read_ahead(sheet.image, ocr=self.ocr, drafter=self.options["drafter"])
+        reading = pipe.read_ahead(
+            sheet.image,
+            ocr=self.ocr,
+            ocr_workers=self.ocr_workers,
+            drafter=self.options["drafter"],
+        )
         return replace(sheet, text=reading)
+
+    def close(self, pipe: Any) -> None:
+        """Gives up the pages that the OCR has not begun with."""
+        pipe.stop_reading()
 
     def write(self, pipe: Any, tasks: Sequence[PageTask], sheets: Sequence[Sheet]) -> list[Answer]:
         """Parses pages together.
@@ -95,6 +106,7 @@ class ParseJob:
             references=[sheet.text for sheet in sheets],
             ocr=self.ocr,
             ocr_workers=self.ocr_workers,
+            ocr_wait=self.ocr_wait,
             prompt=self.prompt,
             regions=self.regions,
             batch_size=len(tasks),

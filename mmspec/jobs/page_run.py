@@ -24,8 +24,9 @@ class PagesSummary:
         num_skipped: Those that were done before.
         num_tokens: Tokens written now.
         num_row_steps: Forwards that took, counted once for every page that took part.
-        ocr_seconds: Of OCR, mostly while the model wrote other pages.
-        wait_seconds: In which the model waited for pages to be drawn and for their OCR.
+        ocr_seconds: Of OCR, mostly while the model wrote.
+        wait_seconds: In which the model waited for pages to be drawn and, where it does, for their
+            OCR.
         seconds: Of this run.
     """
 
@@ -106,7 +107,6 @@ def run_pages(
     report: Report,
     after_batch: Callable[[Sequence[Answer]], None],
     prefetch: int = 1,
-    num_readers: int = 1,
 ) -> PagesSummary:
     """Does the pages that are missing.
 
@@ -122,7 +122,6 @@ def run_pages(
         after_batch: Told the answers of each batch when they are on the disk.
         prefetch: Batches whose pages are read ahead while the model writes; no others are in
             memory. Several workers read nothing ahead: while one reads, another one writes.
-        num_readers: Threads in which they are.
 
     Raises:
         OSError: If the records cannot be written.
@@ -137,7 +136,7 @@ def run_pages(
     todo = [task for task in missing if task.error is None]
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     if num_workers == 1 or len(batches) <= 1:
-        done = _one_by_one(job, batches, prefetch, num_readers)
+        done = _one_by_one(job, batches, prefetch)
     else:
         done = deal(job, batches, num_workers=num_workers, report=report)
     with closing(done):  # ends the workers, whatever happens here
@@ -155,7 +154,7 @@ def run_pages(
 
 
 def _one_by_one(
-    job: PageJob, batches: Sequence[Sequence[PageTask]], prefetch: int, num_readers: int
+    job: PageJob, batches: Sequence[Sequence[PageTask]], prefetch: int
 ) -> Generator[list[Answer], None, None]:
     if not batches:
         return
@@ -167,9 +166,12 @@ def _one_by_one(
     def read(task: PageTask) -> Sheet:
         return job.look(pipe, job.read(task))
 
-    with closing(read_ahead(read, batches, prefetch, num_readers)) as coming:
-        for batch, sheet_of in coming:
-            yield answer(job, pipe, batch, sheet_of)
+    try:
+        with closing(read_ahead(read, batches, prefetch)) as coming:
+            for batch, sheet_of in coming:
+                yield answer(job, pipe, batch, sheet_of)
+    finally:
+        job.close(pipe)
 
 
 def _stale_in(tasks: Sequence[PageTask]) -> Callable[[Key, Entry], bool]:

@@ -50,7 +50,8 @@ class Answer:
         num_tokens: Tokens written.
         num_row_steps: Forwards in which the page took part.
         ocr_time_s: Seconds of OCR.
-        wait_time_s: Seconds in which the model waited until the page was drawn and its OCR done.
+        wait_time_s: Seconds in which the model waited for the page to be drawn and, where it does,
+            for its OCR.
     """
 
     record: Mapping[str, Any]
@@ -83,7 +84,10 @@ class PageJob(Protocol):
         """
 
     def look(self, pipe: Any, sheet: Sheet) -> Sheet:
-        """Finds out what can be known of a page beforehand; in a thread, while the model writes."""
+        """Begins to find out what can be known of a page; in a thread, while the model writes."""
+
+    def close(self, pipe: Any) -> None:
+        """Gives up what `look` has begun and nobody waits for."""
 
     def write(self, pipe: Any, tasks: Sequence[PageTask], sheets: Sequence[Sheet]) -> list[Answer]:
         """Answers pages together.

@@ -1,4 +1,4 @@
-"""Pages that are drawn and read in threads, while the model writes those before them."""
+"""Pages that are drawn in a thread, while the model writes those before them."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -15,7 +15,7 @@ _Sheets = dict[Key, Future[Sheet]]
 
 
 def read_ahead(
-    read: Read, batches: Sequence[Sequence[PageTask]], num_batches: int, num_threads: int
+    read: Read, batches: Sequence[Sequence[PageTask]], num_batches: int
 ) -> Generator[tuple[Sequence[PageTask], Read], None, None]:
     """Reads the pages of batches in their order, some batches ahead.
 
@@ -23,13 +23,12 @@ def read_ahead(
         read: Reads a page.
         batches: Of pages.
         num_batches: Batches that are read ahead of the one that was given out last.
-        num_threads: Threads that read.
 
     Yields:
         A batch, and what gives each of its pages once, or raises what `read` has raised. Closing
-        the generator waits for the pages that are being read, and reads no more.
+        the generator waits for the page that is being read, and reads no more.
     """
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="mmspec-read")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="mmspec-read")
     coming = iter(batches)
     begun: deque[tuple[Sequence[PageTask], _Sheets]] = deque()
     try:

@@ -52,6 +52,40 @@ def test_without_guidance_the_negative_prompt_is_not_looked_at(pipes):
     assert torch.equal(made(*pipes, **options).frames, plain(pipes[0], **options))
 
 
+def test_every_draft_refused_is_the_target_pipeline(pipes):
+    out = made(*pipes, router=Scripted([False] * 3))
+    assert torch.equal(out.frames, plain(pipes[0]))
+    assert (out.stats.num_drafted, out.stats.num_kept) == (3, 0)
+
+
+@pytest.mark.supports("batches", HELIOS)
+def test_a_row_of_a_batch_is_its_single_run_and_a_repeat_the_same(pipes):
+    options = {"router": "random:0.5", "negative_prompt_embeds": None, "guidance_scale": 1.0}
+    rows = embeds(7, num_rows=2)
+    seeds = [seeded(4), seeded(5)]
+    batch = made(*pipes, prompt_embeds=rows, generator=seeds, **options)
+    for row, seed in enumerate((4, 5)):
+        given = options | {"prompt_embeds": rows[row : row + 1]}
+        alone, again = (made(*pipes, generator=seeded(seed), **given) for _ in range(2))
+        assert torch.equal(batch.frames[row : row + 1], alone.frames)
+        assert torch.equal(again.frames, alone.frames)
+        assert [b.source for b in batch.blocks[row]] == [b.source for b in alone.blocks[0]]
+    assert len({tuple(block.source for block in of_row) for of_row in batch.blocks}) == 2
+
+
+def test_a_stream_is_the_call_block_by_block(pipes):
+    router = Scripted([False, True, False], look=True)
+    pipe = SpeculativeVideoPipeline.from_model(pipes[0], drafter=pipes[1])
+    pipe.set_progress_bar_config(disable=True)
+    options = {"block_sizes": SIZES, "output_type": "np", "router": router}
+    given = {"prompt_embeds": embeds(), "negative_prompt_embeds": embeds(4)}
+    stream = pipe.stream(**(CALL | given | options), generator=seeded())
+    blocks = list(stream)
+    assert [block.records[0].source for block in blocks] == ["target", "drafter", "target"]
+    whole = made(*pipes, router=router, output_type="np").frames
+    assert np.array_equal(np.concatenate([block.frames for block in blocks], axis=1), whole)
+
+
 @pytest.mark.parametrize("keep", [(0, 1, 0), (1, 0, 1)])
 def test_either_model_goes_on_from_the_blocks_of_the_other(pipes, keep):
     twin = copy.deepcopy(pipes[0])

@@ -142,7 +142,7 @@ def test_one_step_of_a_flow_map_is_the_pipelines():
 
 
 def test_steps_of_a_video_are_counted():
-    counts = bench.run_video(far_pipe(0), far_pipe(1), 3, "ancestral", 2, 32, ["", ""])
+    counts = bench.run_video(far_pipe(0), far_pipe(1), 3, "ancestral", 2, 32, ["", ""], {})
     assert counts["steps"] == 2 * 3 * 3
     assert counts["dims"] == 16 * 4 * 4
     assert counts["forwards"] <= counts["steps"] <= counts["states"]

@@ -15,7 +15,7 @@ from mmspec.bench.measure import Budget, check_final_line
 from mmspec.bench.report import Output
 from mmspec.bench.video_pool import Pool, PooledVideoPipeline
 from mmspec.bench.video_setups import Pair, Setup, default_setups, load_pair
-from mmspec.bench.video_statistics import Paired, interpolated
+from mmspec.bench.video_statistics import Paired, best_until, interpolated
 from mmspec.pipelines import SpeculativeVideoPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -83,6 +83,13 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
     # Pictures of kept drafts are taken over: only refused ones are decoded in vain.
     assert judged["decodes_beyond"] == pytest.approx(2 - 3 * judged["share_kept"], abs=1e-3)
     assert judged["counts"]["pictures"] == 12
+    # Refused drafts are decoded for the router alone.
+    assert judged["judging_decoding_share"] > judged["judging_share"] > 0
+    assert rows["first-block"]["judging_decoding_share"] == 0
+    assert all(0 < row["first_s"] <= row["wall_s"] for row in rows.values())
+    # Chance behind a first block has its two ends here: all drafts kept, and none.
+    assert len(judged["over_chance"]) == 3
+    assert rows["first-block"]["over_chance"] is None
     assert len(judged["thresholds"]) == 1
     assert len(rows["first-block+sharpness@0.9+noise@0.5"]["thresholds"]) == 2
     assert set(judged["over"]) == {"random", "first-block+random", "every"}
@@ -169,12 +176,45 @@ def test_quality_between_two_points_of_a_baseline():
     assert interpolated(seconds, quality, 9.0) == 0.9
 
 
+def test_the_best_of_a_baseline_in_no_more_time():
+    # It gets worse behind 2 seconds: whoever takes longer has to beat what those 2 seconds give.
+    seconds, quality = np.array([4.0, 1.0, 2.0]), np.array([0.1, 0.3, 0.5])
+    assert best_until(seconds, quality, 1.5) == pytest.approx(0.4)
+    for slower in (2.0, 3.0, 4.0, 9.0):
+        assert best_until(seconds, quality, slower) == 0.5
+
+
+def test_a_slow_router_is_not_compared_with_what_is_slower_and_worse():
+    # A quick rule has 0.7; every block given to the slow target makes it worse, down to 0.3.
+    names = ["quick", "half", "target", "router", "slowest"]
+    quality = [np.full(8, one) for one in (0.7, 0.5, 0.3, 0.6, 0.4)]
+    seconds = [np.full(8, one) for one in (1.0, 2.0, 3.0, 2.0, 5.0)]
+    kept = [np.full(8, one) for one in (1.0, 0.5, 0.0, 0.75, 0.25)]
+    paired = Paired(names, quality, seconds, kept)
+    curve = names[:3]
+    assert paired.at_equal_time("router", curve).value == pytest.approx(0.6 - 0.7)
+    assert paired.at_equal_time("slowest", curve).value == pytest.approx(0.4 - 0.7)
+    # Between 1 and a half of the drafts chance has 0.6, between a half and none 0.4.
+    assert paired.at_equal_share("router", curve).value == pytest.approx(0.0)
+    assert paired.at_equal_share("slowest", curve).value == pytest.approx(0.0)
+    assert paired.at_equal_share("target", ["half", "router"]) is None
+    assert paired.at_equal_time("quick", ["half", "target"]) is None
+
+
+def test_a_setup_is_compared_with_chance_in_the_same_places():
+    chance = {
+        "temporal@0.5": "random", "first-block+temporal@0.5": "first-block+random",
+        "first-block": None, "every:2+temporal@0.5": None, "temporal@0.5/stitch:1": None,
+    }  # fmt: skip
+    assert {name: Setup.parse(name).chance for name in chance} == chance
+
+
 def test_a_paired_difference_does_not_see_what_prompts_share():
     level = np.linspace(0, 1, 50)
     noise = np.where(np.arange(50) % 2, 0.01, -0.01)
     quality = [level, level + 0.1 + noise, level + 0.2]
     seconds = [np.full(50, 1.0), np.full(50, 2.5), np.full(50, 3.0)]
-    paired = Paired(["fast", "router", "slow"], quality, seconds)
+    paired = Paired(["fast", "router", "slow"], quality, seconds, seconds)
     mean = paired.quality("fast")
     assert mean.value == pytest.approx(0.5)
     # 1.96 standard errors of a mean of 50.
@@ -187,7 +227,7 @@ def test_a_paired_difference_does_not_see_what_prompts_share():
     equal = paired.at_equal_time("router", ["fast", "slow"])
     assert equal.value == pytest.approx(-0.05)
     assert equal.is_negative
-    assert paired.at_equal_time("slow", ["fast", "router"]) is None
+    assert paired.at_equal_time("fast", ["router", "slow"]) is None
     assert paired.retained("slow", "fast").value == pytest.approx(1.4)
     assert paired.seconds("router") == pytest.approx(2.5)
 
@@ -195,7 +235,7 @@ def test_a_paired_difference_does_not_see_what_prompts_share():
 def test_a_bootstrap_repeats_with_its_seed():
     values = np.random.default_rng(1).random((2, 20))
     first, again, other = (
-        Paired(["a", "b"], values, values, seed=seed).difference("a", "b") for seed in (0, 0, 1)
+        Paired(["a", "b"], *[values] * 3, seed=seed).difference("a", "b") for seed in (0, 0, 1)
     )
     assert first == again
     assert first != other

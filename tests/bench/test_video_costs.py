@@ -41,6 +41,8 @@ def test_what_our_loop_would_take_for_the_first_published_row():
     early = published_rows(refused_share=0.5)[0]
     assert row["ours_s"] - early["ours_s"] == pytest.approx(1.421 * 6 * 0.25 * 0.14)
     assert early["judging_ours"] < row["judging_ours"] < row["judging_model"]
+    vain_s = row["ours_s"] * (row["judging_ours_decoding"] - row["judging_ours"])
+    assert vain_s == pytest.approx(1.421 * 1.3)
 
 
 def test_counts_of_both_loops_by_hand():
@@ -81,6 +83,8 @@ def test_seconds_shares_and_what_a_picture_may_cost():
     assert costs.phases(counts) == phases
     assert costs.seconds(counts) == 71
     assert costs.judging_share(counts) == 26 / 71
+    # Two decodes more were of refused drafts.
+    assert costs.judging_share(counts, num_vain=2) == (26 + 22) / 71
     # 45 seconds of other work, a tenth of 50 for two pictures.
     assert affordable(costs, counts, goal=0.1) == pytest.approx(2.5)
     assert affordable(costs, Counts.mean([vars_of(counts) | {"pictures": 0}])) is None

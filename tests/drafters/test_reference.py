@@ -148,15 +148,50 @@ def test_sources_are_counted():
     assert sources[0]["reference"] > 0.9 * (sources[0].total() - count)
 
 
-def test_a_reference_may_come_late():
+def after(count, reference=TRUTH):
+    """A reference that comes when it is asked for once more than this."""
     asked = []
 
     def read():
         asked.append(len(asked))
-        return PageText(TRUTH)
+        return PageText(reference) if len(asked) > count else None
 
+    return read, asked
+
+
+def test_a_reference_that_comes_with_the_prompts_is_one_that_was_there():
+    read, asked = after(0)
     assert forwards(read) == forwards(TRUTH)
     assert asked == [0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 60])
+def test_a_late_reference_drafts_like_one_that_has_rested(count):
+    """What was written before it came is read then, markup included."""
+    read, asked = after(count)
+    # Asked behind the prompts, and before each step.
+    rests = range(count - 1)
+    assert forwards(read, resting=rests) == forwards(TRUTH, resting=rests)
+    assert asked == list(range(count + 1))
+
+
+def test_a_reference_that_never_comes_is_none():
+    read, asked = after(10**6)
+    alone = forwards(None)
+    assert forwards(read) == alone
+    assert len(asked) == alone + 1
+
+
+def test_a_reference_is_not_looked_at_for_a_row_that_has_ended():
+    rows = rows_of([LETTER.encode("ab"), LETTER.encode("c")])
+    rows.host_done[0] = True
+    asked, news = [], []
+    references = [lambda: asked.append(0), lambda: TRUTH]
+    drafter = ReferenceDrafter(rows, len(LETTER), references=references, tokenizer=LETTER)
+    drafter.on_arrival = lambda: news.append(1)
+    drafter.prefill()
+    drafter.propose(Plan(width=1))
+    assert (asked, news) == ([], [1])
 
 
 def test_a_wrong_reference_rests_until_the_output_agrees_with_it_again():
@@ -212,13 +247,13 @@ def model():
     return tiny_model("Llama", vocab_size=len(LETTERS) + 11)
 
 
-def written(model, drafter, count, rule="exact"):
+def written(model, drafter, count, rule="exact", schedule="fixed"):
     rows = TokenRows(
         [LETTER.encode(prompt) for prompt in PROMPTS[:count]],
         max_new_tokens=[40] * count,
         keys_B=row_keys(torch.Generator().manual_seed(0), count),
     )
-    settings = Settings(drafter=drafter, width=16, rule=rule, schedule="fixed")
+    settings = Settings(drafter=drafter, width=16, rule=rule, schedule=schedule)
     result = build_engine(model, rows, build_law(LawConfig()), settings).run()
     return [rows.new_tokens(row) for row in range(count)], result.stats
 
@@ -231,6 +266,41 @@ def test_lies_do_not_change_the_output(model, lie, count):
     drafter = {"name": "reference", "references": references, "tokenizer": LETTER}
     assert written(model, drafter, count)[0] == plain
     assert written(model, drafter, count, rule="block")[0] == plain
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "adaptive"])
+def test_references_of_a_batch_come_one_by_one(model, schedule):
+    plain, _ = written(model, "none", 3)
+    right = [LETTER.decode(tokens, skip_special_tokens=False) for tokens in plain]
+    drafter = {"name": "reference", "tokenizer": LETTER}
+    forwards = []
+    for counts in ((0, 0, 0), (0, 1, 5), (5, 10**6, 9), (10**6,) * 3):
+        late = [after(count, text)[0] for count, text in zip(counts, right, strict=True)]
+        out, fast = written(model, {**drafter, "references": late}, 3, schedule=schedule)
+        assert out == plain
+        forwards.append(fast.num_target_forwards)
+    if schedule == "fixed":
+        _, there = written(model, {**drafter, "references": right}, 3)
+        assert forwards[0] == there.num_target_forwards < forwards[-1]
+        assert forwards[0] <= forwards[1] <= forwards[2] <= forwards[3]
+
+
+def test_a_late_reference_wakes_the_schedule(model):
+    read, _ = after(3)
+    rows = TokenRows(
+        [LETTER.encode("abc")], max_new_tokens=[40], keys_B=torch.zeros(1, dtype=torch.long)
+    )
+    drafter = {"name": "reference", "references": [read], "tokenizer": LETTER}
+    settings = Settings(drafter=drafter, width=16, schedule="adaptive")
+    engine = build_engine(model, rows, build_law(LawConfig()), settings)
+    engine.prefill()
+    engine.step()
+    engine.schedule._wakes_at = 100
+    rests = []
+    for _ in range(3):
+        engine.step()
+        rests.append(engine.schedule._wakes_at == 100)
+    assert rests == [True, False, False]
 
 
 def test_each_row_has_its_own_reference(model):

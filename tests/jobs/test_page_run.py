@@ -109,10 +109,9 @@ def test_bad_pages_get_their_reason_and_the_others_their_text(folder, tmp_path, 
 
 def test_reading_ahead_changes_nothing(folder, tmp_path):
     run(folder, tmp_path / "now.jsonl", prefetch=0)
-    for batch_size, prefetch, num_readers in ((1, 3, 1), (2, 1, 3), (20, 2, 2)):
+    for batch_size, prefetch in ((1, 3), (2, 1), (20, 2)):
         out = tmp_path / f"{batch_size}.jsonl"
-        ahead = {"prefetch": prefetch, "num_readers": num_readers}
-        _, records, _ = run(folder, out, batch_size=batch_size, **ahead)
+        _, records, _ = run(folder, out, batch_size=batch_size, prefetch=prefetch)
         assert is_bad_as_expected(records)
         assert out.read_bytes() == (tmp_path / "now.jsonl").read_bytes()
 

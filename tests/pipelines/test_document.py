@@ -158,7 +158,8 @@ def test_engines_read_the_pages_without_reference(pipe, plain, monkeypatch, capl
     monkeypatch.setattr(ocr_reading, "open_engine", read_by.get)
     monkeypatch.setattr(document, "installed_engines", lambda: ["tesserocr"])
     fresh = make_pipe()
-    out = read(fresh, [*PAGES, PAGES[0]], ocr="auto", references=[None, " ", None, words])
+    references = [None, " ", None, words]
+    out = read(fresh, [*PAGES, PAGES[0]], ocr="auto", ocr_wait=True, references=references)
     assert tokens_of(out) == tokens_of(plain) + tokens_of(plain)[:1]
     assert [one.reference for one in out.pages] == ["tesserocr", "none", "none", "given"]
     assert [one.error for one in out.pages] == [
@@ -179,12 +180,16 @@ def test_pages_that_were_read_ahead_are_not_read_again(pipe, plain, monkeypatch)
     readings = [fresh.read_ahead(page, ocr="tesserocr") for page in PAGES[:2]]
     assert fresh.read_ahead(PAGES[0], ocr="tesserocr", drafter="jacobi") is None
     assert fresh.read_ahead(PAGES[0], ocr=None) is None
+    found = [reading.wait() for reading in readings]
     # The engine has nothing more to read from, so a third page would fail.
     out = read(fresh, PAGES[:2], references=readings, ocr="tesserocr")
     assert tokens_of(out) == tokens_of(plain)[:2]
     assert [one.reference for one in out.pages] == ["tesserocr", "none"]
     assert [one.error for one in out.pages] == [None, "tesserocr failed: broken"]
-    assert [one.ocr_time_s for one in out.pages] == [one.time_s for one in readings]
+    assert [one.ocr_time_s for one in out.pages] == [one.time_s for one in found]
+    # They are as good in a later call, as what was found and as what was waited for.
+    again = read(fresh, PAGES[:2], references=[readings[0], found[1]])
+    assert [one.reference for one in again.pages] == ["tesserocr", "none"]
     assert out.stats.ocr_wait_s == 0.0 < out.stats.ocr_time_s
 
 
@@ -196,11 +201,12 @@ def test_the_seconds_of_waiting_are_told(pipe, plain, monkeypatch):
         return PageText(plain.pages[0].text)
 
     monkeypatch.setattr(ocr_reading, "open_engine", lambda name: slow)
-    out = read(make_pipe(), ocr="tesserocr", ocr_workers=3, batch_size=3)
+    wait = {"ocr": "tesserocr", "ocr_wait": True}
+    out = read(make_pipe(), ocr_workers=3, batch_size=3, **wait)
     assert tokens_of(out) == tokens_of(plain)
     assert out.stats.ocr_time_s >= 0.9
     assert out.stats.ocr_wait_s < 0.6
-    alone = read(make_pipe(), PAGES[:1], ocr="tesserocr").pages[0]
+    alone = read(make_pipe(), PAGES[:1], **wait).pages[0]
     assert 0.0 < alone.ocr_wait_s <= alone.ocr_time_s
 
 
@@ -251,10 +257,11 @@ REFUSED = [
     (
         PAGES[0],
         {"references": [3]},
-        "reference 0 must be a text, a PageText, a Reading or None, got 3",
+        "reference 0 must be a text, a PageText, a Reading, a PendingReading or None, got 3",
     ),
     (PAGES[0], {"ocr": "nonsense"}, "unknown OCR engine 'nonsense'; known: tesserocr, rapidocr"),
     (PAGES[0], {"ocr_workers": 0}, "ocr_workers must be an integer >= 1, got 0"),
+    (PAGES[0], {"ocr_wait": 1}, "ocr_wait must be True or False, got 1"),
     (PAGES[0], {"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
     (PAGES[0], {"prompt": 3}, "prompt must be None or a text, got 3"),
     (PAGES[0], {"drafter": "nonsense"}, "unknown drafter 'nonsense'"),

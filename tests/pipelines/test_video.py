@@ -1,5 +1,8 @@
 """The video pipeline as a user meets it: calls, streams, prompts, bad input."""
 
+import gc
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +19,7 @@ from video import (
     with_text,
 )
 
+from mmspec.block_records import Judgement
 from mmspec.pipelines import SpeculativeVideoPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -97,6 +101,72 @@ def test_a_stream_is_the_call_block_by_block(pipe):
     assert [block.records[0].source for block in blocks] == ["drafter", "target", "drafter"]
     assert stream.is_complete
     assert stream.stats.num_blocks == 3
+
+
+def test_the_blocks_of_the_published_models_are_those_of_diffusers():
+    sizes = (1, 3, 3, 3, 3, 3, 3, 2)
+    target, drafter = (far_pipe(seed, chunk_partition=sizes, full_chunk_limit=3) for seed in (1, 2))
+    alone = SpeculativeVideoPipeline.from_model(target, drafter=drafter)
+    alone.set_progress_bar_config(disable=True)
+    out = call(alone, num_frames=81, num_inference_steps=1)
+    expected = target(
+        prompt_embeds=embeds(), generator=seeded(), output_type="latent",
+        **SIZE | {"num_frames": 81, "num_inference_steps": 1},
+    ).frames  # fmt: skip
+    assert torch.equal(out.frames, expected)
+    assert (len(out.blocks[0]), out.frames.shape[2]) == (8, 21)
+
+
+def test_the_first_block_is_there_before_the_others(pipe):
+    stream = pipe.stream(prompt_embeds=embeds(), generator=seeded(), output_type="np", **SIZE)
+    assert stream.stats.first_block_s is None
+    next(stream)
+    first = stream.stats.first_block_s
+    assert first == stream.stats.wall_time_s > 0
+    list(stream)
+    # Later blocks take time of their own and leave that of the first as it was.
+    assert stream.stats.first_block_s == first < stream.stats.wall_time_s
+    assert stream.stats.to_dict()["first_block_s"] == first
+
+
+class Looking(Scripted):
+    """Looks at the draft and at what stands before, and remembers neither."""
+
+    def judge(self, block):
+        shown = [block.frames(), block.previous_frames()]
+        score = sum(float(one.mean()) for one in shown if one is not None)
+        return Judgement(score=score, keep=self.kept[block.place.index])
+
+
+def bytes_of_tensors():
+    """Of all tensors that are alive, each storage once; those of tracers have none."""
+    gc.collect()
+    found = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}
+    return sum(storages.values())
+
+
+def test_what_a_stream_holds_does_not_grow_but_by_the_latents(pipe):
+    router = Looking([True, False, True, False, True, False])
+    options = SIZE | {"num_frames": 21, "block_sizes": [1] * 6, "output_type": "pt"}
+    stream = pipe.stream(prompt_embeds=embeds(), generator=seeded(), router=router, **options)
+    held = []
+    for block in stream:
+        size = block.latents.nbytes
+        del block
+        held.append(bytes_of_tensors())
+    assert held[5] - held[3] == held[4] - held[2] == 2 * size
+
+
+def test_the_bar_counts_blocks_and_kept_drafts(pipe):
+    written = io.StringIO()
+    loud = SpeculativeVideoPipeline.from_model(pipe.target, drafter=pipe.drafter)
+    loud.set_progress_bar_config(file=written, leave=True, mininterval=0)
+    call(loud, router=Scripted([False, True, True]))
+    shown = written.getvalue().split("\r")[-1]
+    assert "3/3" in shown
+    assert "block" in shown
+    assert "2 drafts kept" in shown
 
 
 def test_a_stream_can_be_left_at_any_block(pipe):
