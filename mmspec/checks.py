@@ -53,6 +53,18 @@ def require_known(kind: str, value: object, known: Iterable[str]) -> None:
         raise ValueError(f"unknown {kind} {value!r}; known: {', '.join(names)}")
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says, behind its kind where the words alone may say little: KeyError: 'image'.
+
+    The path that an error of the operating system ends with is left out.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    is_clear = isinstance(error, ValueError) or type(error) in (RuntimeError, OSError)
+    kind, words = type(error).__name__, str(error)
+    return words if words and is_clear else f"{kind}: {words}".removesuffix(": ")
+
+
 def require_generator(value: object) -> None:
     """Refuses what is neither a generator, nor a list of them, nor None.
 

@@ -68,9 +68,6 @@ ResumeOption = Annotated[
 RetryOption = Annotated[
     bool, typer.Option("--retry-errors", help="Do pages again that have failed before.")
 ]
-DrafterOption = Annotated[
-    str | None, typer.Option(help="As in `mmspec text`; none is plain decoding.")
-]
 
 
 def parse(
@@ -156,7 +153,6 @@ def parse(
             num_workers=workers,
             prefetch=prefetch,
             retry_errors=retry_errors,
-            after=job.after,
         )
 
 
@@ -173,7 +169,13 @@ def caption(
     top_p: Annotated[
         float | None, typer.Option(help="Sample from the likeliest of this mass.")
     ] = None,
-    drafter: DrafterOption = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            help="Left out: n-grams, of earlier captions too; one that is named is used alone; "
+            "none: plain."
+        ),
+    ] = None,
     seed: SeedOption = 0,
     batch_size: PagesBatchOption = 4,
     workers: WorkersOption = 1,
@@ -265,7 +267,6 @@ def _run(
     as_json: bool,
     resume: bool,
     retry_errors: bool,
-    after: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> None:
     """Runs a job over pages and ends with its summary; exit code 1 if any page failed."""
@@ -280,8 +281,8 @@ def _run(
         missing = missing_tasks(tasks, journal, retry_errors=retry_errors)
         if written is not None:
             written.begin(journal, missing)
-        if after is not None and missing:
-            job = after(journal)
+        if missing:
+            job = job.after(journal)
         with _stoppable(path), _page_bar(len(tasks), len(missing)) as bar:
             for record in records_of(journal, _failed_before(tasks, missing, journal)):
                 _say(f"mmspec: {record['error']} (before; --retry-errors tries again)")

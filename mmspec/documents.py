@@ -18,7 +18,7 @@ import pypdfium2
 from PIL import Image, ImageOps
 from pypdfium2.raw import FPDF_ERR_PASSWORD
 
-from mmspec.checks import is_integer, require
+from mmspec.checks import is_integer, reason_of, require
 
 if TYPE_CHECKING:
     from mmspec.ocr_reading import PendingReading, Reading
@@ -123,20 +123,20 @@ class Reader:
         file = Path(file)
         where = name_of(file, number)
         if _is_pdf(file):
-            with self._pdf(file) as pdf, _reasons(where):
+            with self._pdf(file, where) as pdf, _reasons(where):
                 return Sheet(image=self._drawn(pdf, number), text=_text_layer(pdf, number))
         with _reasons(where):
             return Sheet(image=_picture(file, number))
 
     def _num_pages(self, file: Path) -> int:
         if _is_pdf(file):
-            with self._pdf(file) as pdf:
+            with self._pdf(file, str(file)) as pdf, _reasons(str(file)):
                 return len(pdf)
         with _reasons(str(file)), Image.open(file) as image:
             return getattr(image, "n_frames", 1) if file.suffix.lower() in _SCANS else 1
 
     @contextmanager
-    def _pdf(self, file: Path) -> Iterator[pypdfium2.PdfDocument]:
+    def _pdf(self, file: Path, where: str) -> Iterator[pypdfium2.PdfDocument]:
         with _PDFIUM:
             try:
                 pdf = pypdfium2.PdfDocument(file, password=self.password)
@@ -145,8 +145,11 @@ class Reader:
                     given = "none was given" if self.password is None else "the given one is wrong"
                     raise ValueError(f"{file} is protected by a password, and {given}") from error
                 raise ValueError(f"{file} cannot be read as a PDF: {error}") from error
+            except Exception as error:
+                raise ValueError(f"{where} cannot be read: {reason_of(error)}") from error
             try:
-                pdf.init_forms()  # else the fields of a filled form stay empty
+                with _reasons(where):
+                    pdf.init_forms()  # else the fields of a filled form stay empty
                 yield pdf
             finally:
                 pdf.close()
@@ -249,7 +252,7 @@ def _reasons(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{where} cannot be read: {error or type(error).__name__}") from error
+        raise ValueError(f"{where} cannot be read: {reason_of(error)}") from error
 
 
 def _text_layer(pdf: pypdfium2.PdfDocument, number: int) -> str | None:

@@ -21,7 +21,6 @@ from mmspec.pipelines.document_pages import DocumentOutput, Page, gathered, open
 from mmspec.pipelines.vlm import SpeculativeVLMPipeline, bundled_spec, with_loaded
 from mmspec.pipelines.vlm_inputs import Picture
 from mmspec.pipelines.writing import Prompt, WrittenOutput
-from mmspec.tree import BUCKETS
 
 logger = logging.getLogger("mmspec")
 
@@ -59,7 +58,6 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         reader: The pipeline of the model, which answers the prompts.
         drafter: Used where a call names none; "auto" drafts from references and earlier pages.
         prompt: What the model is asked where a call does not say.
-        store: What was written on earlier pages, to draft from.
 
     Example:
         >>> pipe = SpeculativeDocumentPipeline.from_pretrained("bundled:pages")  # doctest: +SKIP
@@ -79,7 +77,6 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         self.drafter: DrafterSpec = "auto" if drafter is None else drafter
         _name_of(self.drafter)
         self.prompt = PARSE_PROMPTS.get(reader.model.config.model_type, PARSE_PROMPT)
-        self.clear_store()
         self._ocr_readers: dict[tuple[str, int], OcrReader] = {}
         self._has_warned = False
 
@@ -141,14 +138,18 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         super().interrupt()
         self.reader.interrupt()
 
+    @property
+    def store(self) -> NgramTrie:
+        """What was written on earlier pages, to draft from."""
+        return self.reader.store
+
     def clear_store(self) -> None:
         """Forgets earlier pages."""
-        self.store = NgramTrie(max_draft=BUCKETS[-1])
+        self.reader.clear_store()
 
     def remember(self, texts: Iterable[str]) -> None:
         """Adds texts of pages that an earlier process wrote to the store, the oldest first."""
-        for text in texts:
-            self.store.observe(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.reader.remember(texts)
 
     def read_ahead(
         self,

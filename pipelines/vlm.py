@@ -1,6 +1,6 @@
 """Images and text to text with a vision-language model of transformers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mmspec.adapters.visual_prompts import VisualPrompts
 from mmspec.assets import bundled_path
 from mmspec.checks import require, require_known
 from mmspec.drafters import DrafterSpec
+from mmspec.drafters.trie import NgramTrie
 from mmspec.pipelines.encoded import read_encoded
 from mmspec.pipelines.turns import TurnCache, TurnOutput, check_cache, claimed, num_shared
 from mmspec.pipelines.vlm_inputs import (
@@ -25,6 +26,7 @@ from mmspec.pipelines.vlm_inputs import (
 )
 from mmspec.pipelines.writing import Plan, Prompt, WritingOptions, WritingPipeline, as_requests
 from mmspec.speculation import build_engine
+from mmspec.tree import BUCKETS
 
 
 class SpeculativeVLMPipeline(WritingPipeline):
@@ -36,6 +38,8 @@ class SpeculativeVLMPipeline(WritingPipeline):
         drafter: Used where a call names none.
         schedule: As in `mmspec.speculation.Settings`.
         image_cache: Features of the images and videos of earlier calls.
+        store: Texts that calls with ``drafter={"name": "ngram", "memory": pipe.store}`` draft from
+            and add to.
 
     Example:
         >>> pipe = SpeculativeVLMPipeline.from_pretrained("bundled:pages")  # doctest: +SKIP
@@ -65,6 +69,7 @@ class SpeculativeVLMPipeline(WritingPipeline):
         if not isinstance(image_cache, FeatureCache):
             image_cache = FeatureCache(image_cache)
         self.image_cache: FeatureCache = image_cache
+        self.clear_store()
         known = sorted([*vision_language.FAMILIES, *encoder_decoder.SEEING])
         require_known("model type", self.model.config.model_type, known)
 
@@ -124,6 +129,15 @@ class SpeculativeVLMPipeline(WritingPipeline):
         """Saves the model and its processor as transformers does."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+    def clear_store(self) -> None:
+        """Forgets the texts to draft from."""
+        self.store = NgramTrie(max_draft=BUCKETS[-1])
+
+    def remember(self, texts: Iterable[str]) -> None:
+        """Adds texts that an earlier process wrote to the store, the oldest first."""
+        for text in texts:
+            self.store.observe(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
     def __call__(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import GotOcr2Processor
 from transformers.utils import is_av_available, is_torchcodec_usable
 from transformers.video_utils import VideoMetadata, load_video
 
-from mmspec.checks import is_number, require
+from mmspec.checks import is_number, reason_of, require
 from mmspec.pipelines.writing import Message, Prompt
 
 Picture = Image.Image | str | Path
@@ -242,16 +242,23 @@ def opened(picture: Any, name: str) -> Image.Image:
     """An image in memory.
 
     Raises:
-        ValueError: If it is none, or its file cannot be read.
+        ValueError: If it is none, cannot be read, or has no pixels; names its file.
     """
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    require(isinstance(picture, str | Path), name, "a PIL image or the path of a file", picture)
+    is_file = isinstance(picture, str | Path)
+    is_good = is_file or isinstance(picture, Image.Image)
+    require(is_good, name, "a PIL image or the path of a file", picture)
+    if is_file:
+        name = f"{name} ({picture})"
     try:
-        with Image.open(picture) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+        if is_file:
+            with Image.open(picture) as image:
+                read = image.convert("RGB")
+        else:
+            read = picture.convert("RGB")
+    except Exception as error:  # decoders of broken data raise errors of many kinds
+        raise ValueError(f"{name} cannot be read: {reason_of(error)}") from error
+    require(min(read.size) > 0, f"size of {name}", "at least 1 x 1", read.size)
+    return read
 
 
 _Sampling = Callable[..., Any]
@@ -290,7 +297,7 @@ def _clip(video: Any, fps: Any, name: str, sample: _Sampling | None) -> Clip:
     else:
         rule = "a list of PIL images, or the path of a folder of frames or of a file"
         require(_is_clip(video), name, rule, video)
-        frames = [frame.convert("RGB") for frame in video]
+        frames = [opened(frame, f"frame {k} of {name}") for k, frame in enumerate(video)]
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
         raise ValueError(f"{name} must have frames of one size, got {len(sizes)} sizes")
@@ -322,5 +329,5 @@ def _decoded(path: Path, fps: Any, name: str, sample: _Sampling | None) -> Clip:
     try:
         frames, metadata = load_video(str(path), backend=backend, sample_indices_fn=sample)
     except Exception as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+        raise ValueError(f"{name} ({path}) cannot be read: {reason_of(error)}") from error
     return Clip(frames, metadata)

@@ -6,7 +6,8 @@ In a module of its own, where worker processes can import it.
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +23,8 @@ class ColourJob:
         folder: Gets an empty file for each call of `write`, named for its process and size.
         lone: Files that can only be done alone.
         deadly: Files that kill the process.
+        unreadable: What reading a file fails with, by its name.
+        unwritable: What answering it fails with.
         load_error: What loading fails with.
         wait_s: Seconds of every batch.
         password: Of protected files.
@@ -30,6 +33,8 @@ class ColourJob:
     folder: Path | None = None
     lone: tuple[str, ...] = ()
     deadly: tuple[str, ...] = ()
+    unreadable: Mapping[str, BaseException] = field(default_factory=dict)
+    unwritable: Mapping[str, BaseException] = field(default_factory=dict)
     load_error: Exception | None = None
     wait_s: float = 0.0
     password: str | None = None
@@ -41,6 +46,8 @@ class ColourJob:
         return "pipe"
 
     def read(self, task):
+        if Path(task.file).name in self.unreadable:
+            raise self.unreadable[Path(task.file).name]
         return Reader(dpi=72, password=self.password).read(task.file, task.page)
 
     def look(self, pipe, sheet):
@@ -58,6 +65,9 @@ class ColourJob:
             os.kill(os.getpid(), signal.SIGKILL)
         if len(tasks) > 1 and set(names) & set(self.lone):
             raise RuntimeError("out of memory")
+        for name in names:
+            if name in self.unwritable:
+                raise self.unwritable[name]
         if "ugly.png" in names:
             raise ValueError("2 places for images and 1 images")
         if self.folder is not None:

@@ -1,7 +1,9 @@
 """`mmspec caption` and `mmspec parse` with tiny random models."""
 
+import io
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,11 +19,13 @@ from PIL import Image
 from saved import save_vlm
 from typer.testing import CliRunner
 
+from mmspec import cli_documents
 from mmspec.cli import app
 from mmspec.documents import Reader
 from mmspec.jobs.captions import image_request
 from mmspec.jobs.documents import ParseJob, markdown
 from mmspec.jobs.journal import Journal
+from mmspec.jobs.pages import Answer
 from mmspec.ocr import PageText
 from mmspec.pipelines import SpeculativeDocumentPipeline, SpeculativeVLMPipeline
 
@@ -102,6 +106,28 @@ def test_captions_depend_on_seed_and_content_alone(vlm, pictures, tmp_path):
     assert killed.read_bytes() != content
 
 
+def test_captions_are_drafted_from_those_before(vlm, pictures, tmp_path):
+    for number in range(1, 6):
+        shutil.copy(pictures / "p0.png", pictures / f"p{number}.png")
+    command = ["caption", pictures, "--model", vlm, *CAPTION, "--batch-size", 1, "--json"]
+    taus, texts = {}, {}
+    for drafter in (None, "ngram", "none"):
+        out = tmp_path / f"{drafter}.jsonl"
+        named = [] if drafter is None else ["--drafter", drafter]
+        taus[drafter] = json.loads(run(*command, "--out", out, *named).stdout)["tau"]
+        texts[drafter] = [record | {"settings": None} for record in records_of(out)]
+    assert texts[None] == texts["ngram"] == texts["none"]
+    assert taus["none"] == 1
+    assert taus[None] > 2 * taus["ngram"]
+    out = tmp_path / "None.jsonl"
+    whole = out.read_bytes()
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
+    summary = json.loads(run(*command, "--out", out).stdout)
+    assert summary["skipped"] == 5
+    assert summary["tau"] > 2 * taus["ngram"]  # of one picture, whose caption the journal knows
+    assert out.read_bytes() == whole
+
+
 def test_bad_pictures_are_reported_and_the_others_captioned(vlm, pictures, tmp_path):
     (pictures / "p2_empty.png").touch()
     cut = (pictures / "p1.png").read_bytes()[:60]
@@ -135,6 +161,42 @@ def test_captions_of_two_workers_are_those_of_one(vlm, pictures, tmp_path):
     for workers in (1, 2):
         run(*command, "--out", tmp_path / f"{workers}.jsonl", "--workers", workers)
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+
+
+def test_a_full_disk_ends_the_job_and_keeps_what_was_finished(vlm, pictures, tmp_path):
+    out, limit = tmp_path / "captions.jsonl", 1200
+    command = ["caption", pictures, "--model", vlm, *CAPTION, "--batch-size", "1", "--out", out]
+    process = subprocess.run(
+        [sys.executable, "-m", "mmspec.cli", *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert process.returncode == 1
+    assert (
+        f"cannot write to {out}: File too large; what was finished is kept"
+        in process.stderr.splitlines()[-1]
+    )
+    assert "Traceback" not in process.stderr
+    done = records_of(out)
+    assert 0 < len(done) < 6
+    run(*command)
+    assert records_of(out)[: len(done)] == done
+    assert len(records_of(out)) == 6
+
+
+def test_a_terminal_is_shown_a_bar_of_pages(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with cli_documents._page_bar(6, 4) as bar:
+        after_batch = cli_documents._follower(bar, None, None)
+        after_batch([Answer(record={"error": None})] * 2 + [Answer(record={"error": "p4 is bad"})])
+    shown = terminal.getvalue()
+    assert "2/6" in shown
+    assert "5/6" in shown
+    assert "mmspec: p4 is bad\n" in shown
 
 
 # ------------------------------------------------------------------------------------ documents
@@ -302,9 +364,9 @@ def test_a_continued_parse_drafts_from_the_pages_before(vlm, documents, tmp_path
 
 def test_only_the_latest_pages_are_recalled(tmp_path, monkeypatch):
     job = ParseJob(load=list, model="m", dtype="float32", reader=Reader(), options={})
-    monkeypatch.setattr("mmspec.jobs.documents.MAX_RECALLED", 7)
+    monkeypatch.setattr("mmspec.jobs.recall.MAX_RECALLED", 7)
     with Journal(tmp_path / "pages.jsonl", {}) as journal:
-        assert job.after(journal) is job
+        assert job.after(journal) == job
         texts = ["aaaa", "bbb", None, "cccc"]
         records = [{"file": "f", "page": n, "text": text} for n, text in enumerate(texts)]
         journal.add(records)

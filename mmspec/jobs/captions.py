@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmspec.documents import Reader, Sheet
 from mmspec.jobs import generators
+from mmspec.jobs.journal import Journal
 from mmspec.jobs.pages import Answer, PageTask, check_drafter
+from mmspec.jobs.recall import recalling
 from mmspec.law_config import LawConfig
 
 #: What models were trained to be asked for a caption.
@@ -27,7 +29,9 @@ class CaptionJob:
         prompt: What is asked of each picture, may be empty; None is what the model was trained on,
             or `PROMPT`.
         seed: With the picture's content it gives the seed of its caption.
-        options: ``max_new_tokens``, ``temperature``, ``top_p`` and ``drafter`` of the call.
+        options: ``max_new_tokens``, ``temperature``, ``top_p`` and ``drafter`` of the call. With
+            None as drafter, n-grams draft from the captions before; one that is named is used
+            alone.
     """
 
     load: Callable[[], Any]
@@ -47,6 +51,10 @@ class CaptionJob:
     def question(self) -> str:
         """What is asked."""
         return PROMPTS.get(self.model, PROMPT) if self.prompt is None else self.prompt
+
+    def after(self, journal: Journal) -> "CaptionJob":
+        """The job of a run that goes on: drafts from the captions before."""
+        return replace(self, load=recalling(self.load, journal))
 
     def check(self) -> None:
         """Refuses options that no picture could be captioned with, before a model is loaded.
@@ -80,11 +88,12 @@ class CaptionJob:
         """
         seeds = [seed_of(self.seed, task) for task in tasks]
         request = image_request(pipe.processor, self.question)
+        drafter = self.options["drafter"] or {"name": "ngram", "memory": pipe.store}
         result = pipe(
             [request] * len(tasks),
             images=[[sheet.image] for sheet in sheets],
             generator=generators(seeds),
-            **self.options,
+            **{**self.options, "drafter": drafter},
         )
         answers = []
         for row, task in enumerate(tasks):

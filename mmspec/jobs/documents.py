@@ -11,31 +11,9 @@ from mmspec.documents import Reader, Sheet, name_of
 from mmspec.jobs import check_writable
 from mmspec.jobs.journal import Journal
 from mmspec.jobs.pages import Answer, PageTask, check_drafter
+from mmspec.jobs.recall import recalling
 from mmspec.ocr import open_engine
 from mmspec.whole_file import whole_file
-
-#: Characters of earlier pages that a run which goes on drafts from: as many tokens as the store of
-#: pages holds, or fewer.
-MAX_RECALLED = 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Recalling:
-    """Loads a pipeline that knows the texts of pages that were done before.
-
-    Attributes:
-        load: Loads the pipeline.
-        texts: The texts, the oldest first.
-    """
-
-    load: Callable[[], Any]
-    texts: tuple[str, ...]
-
-    def __call__(self) -> Any:
-        """The pipeline."""
-        pipe = self.load()
-        pipe.remember(self.texts)
-        return pipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +53,7 @@ class ParseJob:
 
     def after(self, journal: Journal) -> "ParseJob":
         """The job of a run that goes on: drafts from the pages before, the latest of them."""
-        texts: list[str] = []
-        room = MAX_RECALLED
-        for key in reversed(journal.entries):
-            text = (journal.get(key) or {}).get("text")
-            if text is not None and len(text) > room:
-                break
-            if text:
-                texts.append(text)
-                room -= len(text)
-        return replace(self, load=Recalling(self.load, tuple(reversed(texts)))) if texts else self
+        return replace(self, load=recalling(self.load, journal))
 
     def check(self) -> None:
         """Refuses options that no page could be parsed with, before a model is loaded.

@@ -1,6 +1,7 @@
 """Pages of documents to do, and what becomes of a batch of them.
 
-A page that cannot be read or answered gets a record with the reason, and the others go on.
+A page that cannot be read or answered gets a record with the reason, and the others go on, whatever
+kind of error it was: decoders of broken data and models at odd input raise many.
 """
 
 import time
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmspec.checks import reason_of
 from mmspec.documents import Reader, Sheet, name_of
 from mmspec.drafters import parse_spec
 from mmspec.jobs.journal import Key
@@ -78,7 +80,7 @@ class PageJob(Protocol):
         """Reads a page.
 
         Raises:
-            ValueError: If it is of no use; names it.
+            Exception: If it is of no use.
         """
 
     def look(self, pipe: Any, sheet: Sheet) -> Sheet:
@@ -91,8 +93,7 @@ class PageJob(Protocol):
         """Answers pages together.
 
         Raises:
-            ValueError: If one of them cannot be answered. They are then tried one by one.
-            RuntimeError: Likewise, such as where memory ends.
+            Exception: If one of them cannot be answered. They are then tried one by one.
         """
 
 
@@ -132,9 +133,10 @@ def check_drafter(drafter: str | None) -> None:
         parse_spec(drafter)
 
 
-def failure(task: PageTask, reason: object) -> Answer:
+def failure(task: PageTask, reason: str | Exception) -> Answer:
     """The record of a page that could not be done."""
-    reason = str(reason) or type(reason).__name__
+    if isinstance(reason, Exception):
+        reason = reason_of(reason)
     named = reason if task.file in reason else f"{task}: {reason}"
     record = {"file": task.file, "page": task.page, "digest": task.digest}
     return Answer(record=record | {"text": None, "num_tokens": 0, "error": named})
@@ -152,7 +154,7 @@ def answer(
         job: What to do with a page.
         pipe: What the job has loaded.
         tasks: The pages.
-        read: Gives a page that was read ahead, or raises a ValueError; None reads it now.
+        read: Gives a page that was read ahead, or raises; None reads it now.
     """
     answers: dict[Key, Answer] = {}
     good: list[PageTask] = []
@@ -161,7 +163,7 @@ def answer(
         started = time.perf_counter()
         try:
             sheet = (read or job.read)(task)
-        except ValueError as error:
+        except Exception as error:
             answers[task.key] = failure(task, error)
             continue
         good.append(task)
@@ -176,7 +178,7 @@ def _written(
 ) -> list[Answer]:
     try:
         return job.write(pipe, tasks, sheets)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
         if len(tasks) == 1:
             return [failure(tasks[0], error)]
     alone = zip(tasks, sheets, strict=True)

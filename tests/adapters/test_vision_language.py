@@ -1,6 +1,7 @@
 """Vision-language models: the tokens of `generate`, whatever the images and whoever drafts."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -333,6 +334,27 @@ def test_what_cannot_be_honoured_is_refused(changes, message):
     model = tiny_vlm("llava")
     with pytest.raises(ValueError, match=message):
         decoded(model, request("llava", ROWS), fixed("ngram"), **changes)
+
+
+PIXEL_INPUTS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes")
+
+
+@pytest.mark.parametrize("num_given", [1, 2])
+def test_images_that_do_not_fill_their_places_are_refused(named, num_given):
+    name, model = named
+    one, two = ([1, 2, *[(2, 3), 3] * count, 4, 1, 2] for count in (1, 2))
+    given, asked = (one, two) if num_given == 1 else (two, one)
+    images = {key: value for key, value in request(name, [given]).items() if key in PIXEL_INPUTS}
+    asked = request(name, [asked]) | images
+    if num_given == 1 and name in AXES:
+        with pytest.raises(StopIteration):  # of transformers, which places tokens before it calls
+            decoded(model, asked, fixed("ngram"))
+        return
+    message = r"prompts have (\d+) image tokens .* the images given fill (\d+)"
+    with pytest.raises(ValueError, match=message) as caught:
+        decoded(model, asked, fixed("ngram"))
+    wanted, filled = map(int, re.search(message, str(caught.value)).groups())
+    assert num_given * wanted == (3 - num_given) * filled
 
 
 def test_a_family_that_is_not_known_is_refused_with_images_only(monkeypatch):

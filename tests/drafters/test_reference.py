@@ -1,6 +1,7 @@
 """The reference drafter: how many forwards a text saves, and that no text can do harm."""
 
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ from mmspec.drafters.alignment import Alignment
 from mmspec.drafters.reference import ReferenceDrafter
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
-from mmspec.ocr import PageText
+from mmspec.ocr import PageText, Word
 from mmspec.records import Outcome, Plan
 from mmspec.rows import TokenRows
 from mmspec.sampling import build_law
@@ -118,6 +119,25 @@ def test_a_difference_costs_a_few_forwards(there, in_reference):
     lacking = len(there) if not in_reference else 0
     fewest = forwards(TRUTH)
     assert fewest <= forwards(TRUTH.replace(there, in_reference)) <= fewest + lacking + 8
+
+
+def test_less_is_drafted_of_words_that_the_engine_doubts():
+    """Once nodes have a price; the doubted words are all behind the first 20 letters."""
+    ends = [match.end() for match in re.finditer(r"\S+", TRUTH)]
+    priced = {2**k: 0.03 * 2**k for k in range(8)}
+
+    def drafted(doubted):
+        words = tuple(Word("", doubted if end > 20 else 0.97, (0, 0, 1, 1), end) for end in ends)
+        rows = rows_of([LETTER.encode("=")])
+        drafter = ReferenceDrafter(
+            rows, len(LETTER), references=[PageText(TRUTH, words)], tokenizer=LETTER, branching=1
+        )
+        drafter.prefill()
+        return int(drafter.propose(Plan(width=64, prices=priced)).num_drafted[0])
+
+    counts = [drafted(confidence) for confidence in (0.97, 0.7, 0.4, 0.1)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > 2 * counts[-1]
 
 
 def test_sources_are_counted():

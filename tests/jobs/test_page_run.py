@@ -127,6 +127,74 @@ def test_a_batch_that_fails_is_done_page_by_page(folder, tmp_path):
     assert sizes == [1, 1, 1, 1, 1, 4]
 
 
+@pytest.mark.parametrize("ahead", [{"prefetch": 0}, {"prefetch": 1}])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_no_kind_of_error_of_a_page_ends_the_run(folder, tmp_path, batch_size, ahead):
+    unwritable = {
+        "p0.png": IndexError("list index out of range"),
+        "p1.png": ZeroDivisionError("division by zero"),
+        "p2.png": KeyError("image"),
+        "p3.png": MemoryError(),
+    }
+    unreadable = {"p4.png": MemoryError(), "p5.png": TypeError("no size")}
+    job = ColourJob(unwritable=unwritable, unreadable=unreadable)
+    out = tmp_path / "out.jsonl"
+    summary, records, _ = run(folder, out, job=job, batch_size=batch_size, **ahead)
+    found = reasons(records)
+    said = {name: found.pop((name, 1)) for name in unwritable | unreadable}
+    assert set(found) == set(BAD)
+    assert said == {
+        name: f"{folder / name}, page 1: {reason}"
+        for name, reason in {
+            "p0.png": "IndexError: list index out of range",
+            "p1.png": "ZeroDivisionError: division by zero",
+            "p2.png": "KeyError: 'image'",
+            "p3.png": "MemoryError",
+            "p4.png": "MemoryError",
+            "p5.png": "TypeError: no size",
+        }.items()
+    }
+    assert [Path(r["file"]).name for r in records if r["error"] is None] == ["a.pdf"] * 3
+    assert summary.num_failed == 11
+
+
+@pytest.mark.parametrize("where", ["unreadable", "unwritable"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_is_meant_to_end_the_run_does(folder, tmp_path, where, error):
+    job = ColourJob(**{where: {"p3.png": error()}})
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(error):
+        run(folder, out, job=job)
+    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    assert texts[-1] == "(9, 9) (2, 0, 0)"  # of the page before it
+
+
+@pytest.mark.parametrize("content", [None, b"", b"%PDF-1.4 and no more"])
+def test_a_file_that_changes_after_it_was_listed_ends_nothing(folder, tmp_path, content):
+    tasks = list_tasks(list(find_files([folder], DOCUMENTS)), Reader())
+    for name in ("a.pdf", "p0.png"):
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+    out = tmp_path / "out.jsonl"
+    with Journal(out, ColourJob.settings) as journal:
+        run_pages(
+            ColourJob(), tasks, tasks, journal, batch_size=2, num_workers=1, report=print,
+            after_batch=list,
+        )  # fmt: skip
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    found = reasons(records)
+    changed = {key: found.pop(key) for key in [("p0.png", 1), *(("a.pdf", n) for n in (1, 2, 3))]}
+    assert set(found) == set(BAD)
+    for (name, page), reason in changed.items():
+        assert reason.startswith(str(folder / name))
+        assert "cannot be read" in reason
+        if content is None:
+            assert reason.startswith(f"{folder / name}, page {page} cannot be read: ")
+            assert "No such file" in reason or "FileNotFoundError" in reason
+    assert len(records) - len(reasons(records)) == 5
+
+
 def test_a_run_is_continued_where_it_was_cut(folder, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     run(folder, whole, batch_size=2)

@@ -249,7 +249,8 @@ def test_an_interrupted_call_returns_what_was_begun(pipe, plain):
 
 REFUSED = [
     ([], {}, "at least one page is needed"),
-    ("none.png", {}, "page 0 cannot be read: .*No such file"),
+    ("none.png", {}, r"page 0 \(none.png\) cannot be read: No such file"),
+    ([PAGES[0], Image.new("RGB", (0, 5))], {}, r"size of page 1 must be at least .*, got \(0, 5\)"),
     ([PAGES[0], 3], {}, "page 1 must be a PIL image or the path of a file"),
     (PAGES, {"references": "one"}, "references must be one text or None for each of 3 pages"),
     (PAGES[0], {"references": [None, "b"]}, "references must be one text or None for each of 1"),

@@ -201,8 +201,22 @@ REFUSED = [
     ("a<image>", {}, r"prompt 0 has 1 places for images \('<image>'\) and 0 images"),
     ("a", {"images": picture(1)}, r"has 0 places for images \('<image>'\) and 1 images"),
     (["a", "b"], {"images": picture(1)}, "images must be a list with an entry for each of the 2"),
-    (["a", "b<image>"], {"images": [None, "none.png"]}, "image 0 of prompt 1 cannot be read: .*No"),
-    ("a<image>", {"images": __file__}, "image 0 of prompt 0 cannot be read: cannot identify"),
+    (
+        ["a", "b<image>"],
+        {"images": [None, "none.png"]},
+        r"image 0 of prompt 1 \(none.png\) cannot be read: No such file",
+    ),
+    (
+        "a<image>",
+        {"images": __file__},
+        r"image 0 of prompt 0 \(/.*test_vlm.py\) cannot be read: UnidentifiedImageError",
+    ),
+    (
+        "a<image>",
+        {"images": Image.new("RGB", (0, 0))},
+        r"size of image 0 .* must be .*, got \(0, 0",
+    ),
+    (chat(Image.new("L", (5, 0)), "a"), {}, r"size of image 0 .* must be .*, got \(5, 0\)"),
     ("a<image>", {"images": 3.5}, "image 0 of prompt 0 must be a PIL image or the path of a file"),
     (torch.tensor([1, 2]), {}, "prompt 0 is token ids; pass a text or a chat"),
     ([], {}, "at least one prompt is needed"),
@@ -221,6 +235,24 @@ def test_bad_arguments_are_refused_before_any_forward(
 ):
     with pytest.raises(ValueError, match=message):
         llava_pipe(prompt, **options)
+
+
+def test_images_that_cannot_be_decoded_are_refused_by_name(
+    llava_pipe, no_forward, monkeypatch, tmp_path
+):
+    whole, cut, text = (tmp_path / name for name in ("whole.png", "cut.png", "text.png"))
+    Image.effect_noise((90, 90), 60).save(whole)
+    cut.write_bytes(whole.read_bytes()[:3000])
+    text.write_bytes(whole.read_bytes()[:8] + b"text")
+    for file in (cut, text, tmp_path):
+        with pytest.raises(ValueError, match=f"image 0 of prompt 0 .{file}. cannot be read: ."):
+            llava_pipe("a<image>", images=file)
+    with Image.open(cut) as lazy, pytest.raises(ValueError, match=r"prompt 0 cannot be read: ."):
+        llava_pipe("a<image>", images=lazy)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    message = f"{whole}. cannot be read: DecompressionBombError: .*8100 pixels"
+    with pytest.raises(ValueError, match=message):
+        llava_pipe("a<image>", images=whole)
 
 
 def test_what_cannot_be_cut_is_refused_before_the_tower_runs(monkeypatch):

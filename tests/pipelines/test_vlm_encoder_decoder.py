@@ -138,7 +138,8 @@ REFUSED = [
     ("<user>", {"images": PICTURES[:2]}, "needs one image, got 2"),
     (CHAT, {"images": PICTURES[:1]}, "prompt 0 of VisionEncoderDecoderModel must be a text, got"),
     (torch.tensor([1, 2]), {"images": PICTURES[:1]}, "must be a text, got"),
-    ("<user>", {"images": "none.png"}, "image 0 of prompt 0 cannot be read: .*No"),
+    ("<user>", {"images": "none.png"}, r"image 0 of prompt 0 \(none.png\) cannot be read: No"),
+    ("<user>", {"images": Image.new("RGB", (0, 5))}, r"size of image 0 of prompt 0 .* got \(0, 5"),
     ("<user>", {"images": PICTURES[0], "max_new_tokens": 96}, "context of 96"),
 ]
 

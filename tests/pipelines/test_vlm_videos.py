@@ -215,6 +215,11 @@ REFUSED = [
     ("a<video>", {"videos": "none.mp4"}, "video 0 of prompt 0 cannot be read: no file or folder"),
     ("a<video>", {"videos": [[picture(1), picture(2, 9)]]}, "must have frames of one size, got 2"),
     (
+        "a<video>",
+        {"videos": [[picture(1), Image.new("RGB", (0, 5))]]},
+        "size of frame 1 of video 0 of prompt 0 must be at least",
+    ),
+    (
         ["a<video>", "b"],
         {"videos": film(1)},
         "videos must be a list with an entry for each of the 2",
