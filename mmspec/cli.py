@@ -259,7 +259,8 @@ def image(
     ] = None,
     scale: Annotated[int, typer.Option(min=1, help="Enlarge, keeping pixels square.")] = 16,
     steps_map: Annotated[
-        bool, typer.Option("--steps-map", help="Also draw which step made which part.")
+        bool,
+        typer.Option("--steps-map", help="Also draw over each image which step made which part."),
     ] = False,
     preview: Annotated[
         Path | None, typer.Option(help="Draw the sheet as it fills: a .png, or a .gif of it all.")

@@ -104,6 +104,20 @@ def overlay(image: Image.Image, drawn_map: Image.Image, opacity: float = 0.6) ->
     return Image.blend(image.convert("RGB"), over, opacity)
 
 
+def steps_shown(image: Image.Image, steps_HW: Any) -> Image.Image:
+    """A step map laid over its image, and the map alone to the right, each of the image's size.
+
+    Args:
+        image: The image, as large as it is to be shown.
+        steps_HW: As in `step_map`.
+    """
+    drawn = step_map(steps_HW).resize(image.size, Image.Resampling.NEAREST)
+    shown = Image.new("RGB", (2 * image.width, image.height))
+    shown.paste(overlay(image, drawn))
+    shown.paste(drawn, (image.width, 0))
+    return shown
+
+
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Writes a PNG with text chunks; the file appears whole or not at all.
 

@@ -174,6 +174,9 @@ class BlockVerification:
             if not self.law.is_greedy:
                 noise = node_noise(self.rows, proposal, law_logits.shape[-1])
             return walked(proposal, sample(law_logits, noise), law_logits)
+        # A block is judged as a whole, so drafts past the end of a row, where nodes share positions
+        # and noise, would move those before them.
+        in_row_BN = self.rows.last_B[:, None] + proposal.depth_BN < self.rows.limits_B[:, None]
         next_BN = scores.positions_BN + 1
         tests = uniform(self.rows.keys_B, next_BN, Salt.BLOCK, self.rows.step)
         noise = node_noise(self.rows, proposal, law_logits.shape[-1], Salt.RESIDUAL)
@@ -181,7 +184,7 @@ class BlockVerification:
             law_logits.softmax(-1),
             proposal.draft_probs_BNV.to(law_logits.dtype),
             proposal.tokens_BN,
-            proposal.valid_BN,
+            proposal.valid_BN & in_row_BN,
             tests,
             noise,
         )

@@ -53,7 +53,9 @@ class PriorOptions(TypedDict, total=False):
     Attributes:
         decoder: "exact" (the default), "sequential", "coupled", "sjd" or a lossy one, as in
             `SpeculativeImagePipeline`.
-        window: Codes per image and forward; None chooses by the size and the batch.
+        window: Codes per image and forward. None chooses: with "exact" while running, by what
+            widths bring and cost, for the other decoders and with ``compile`` by the size and the
+            batch.
         lenience: Of a lossy decoder, as there.
         temperature: 0 is greedy. This and the filters come from the model's generation config
             unless given, as in diffusers; None switches a filter off.

@@ -32,7 +32,9 @@ from mmspec.pipelines.base import (
 from mmspec.pipelines.image_decoders import (
     DECODERS,
     DENOISE,
+    DrafterMaker,
     check_batch_size,
+    check_drafter,
     check_lenience,
     image_engine,
 )
@@ -176,6 +178,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         batch_size: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decoder: str = "exact",
+        drafter: DrafterMaker | None = None,
         window: int | None = None,
         lenience: float | None = None,
         temperature: float = 1.0,
@@ -209,9 +212,11 @@ class SpeculativeImagePipeline(SpeculativePipeline):
                 (likewise, with noise in the window; for models fine-tuned for it), "coupled" or
                 "sjd" (same law, other tokens), "sequential" (plain decoding); "lossy-grouped" and
                 "lossy-rows" change the law for fewer forwards (docs/image_decoders.md).
+            drafter: Makes another drafter than the Jacobi window, for "exact" (docs/drafters.md,
+                "Writing one"). None is the window.
             window: Tokens per image and forward. None chooses it while running, by what widths
                 bring and cost (exact decoders only, for it moves no token); by the grid and the
-                batch for the other decoders and with ``compile``.
+                batch for the other decoders, with ``drafter`` and with ``compile``.
             lenience: How far a lossy decoder may depart, from 0 (as "coupled" or "exact") to 1.
                 For "lossy-grouped" the radius of a cluster of codes that stand for each other, in
                 root mean square distances between two codes; for "lossy-rows" the share of the
@@ -239,6 +244,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
         rule = _rule_of(decoder)
         denoiser = self._denoiser_of(decoder)
         check_lenience(lenience, rule)
+        check_drafter(drafter, decoder)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
         if self._no_pixels is not None and output_type != "tokens":
@@ -280,6 +286,7 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             denoiser=denoiser,
             compile=compile,
             num_rows=batch_size,
+            make_drafter=drafter,
         )
         preview = functools.partial(self._preview, engine.ledger, layout, {})
         bar, after_step = self._watch(

@@ -1,6 +1,7 @@
 """The decoders of image pipelines: their names, and how an engine is wired for each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from mmspec.schedule import FixedSchedule
 from mmspec.tree import BUCKETS
 from mmspec.verify import build_rule
 from mmspec.window_schedule import WindowSchedule, window_schedule
+
+#: Makes a drafter for a call: called with ``target``, ``rows``, ``law``, ``max_width`` and
+#: ``shared_noise``, as `mmspec.drafters.build_drafter` is behind its ``spec``.
+DrafterMaker = Callable[..., Any]
 
 DENOISE = "jacobi-denoise"
 #: Decoder -> rule. "sequential" is plain decoding through the same code, the yardstick.
@@ -49,6 +54,18 @@ def check_lenience(lenience: Any, rule: str) -> None:
         raise ValueError(f"lenience is for {' and '.join(LOSSY)} only, got {lenience!r}")
     is_good = is_number(lenience) and 0 <= lenience <= 1
     require(is_good, "lenience", "None or a number between 0 and 1", lenience)
+
+
+def check_drafter(drafter: DrafterMaker | None, decoder: str) -> None:
+    """Refuses a drafter of the user's own that is none, or beside a decoder that brings its own.
+
+    Raises:
+        ValueError: With the drafter, or the decoder.
+    """
+    if drafter is None:
+        return
+    require(callable(drafter), "drafter", "None or a function that makes one", drafter)
+    require(decoder == "exact", "the decoder beside drafter=", "'exact'", decoder)
 
 
 def check_batch_size(batch_size: int | None, decoder: str, num_images: int) -> None:
@@ -92,6 +109,7 @@ def image_engine(
     lenience: float | None = None,
     compile: bool = False,
     num_rows: int | None = None,
+    make_drafter: DrafterMaker | None = None,
 ) -> tuple[Engine, TokenRows]:
     """Wires the engine that writes one image per prompt; runs nothing.
 
@@ -112,9 +130,11 @@ def image_engine(
         compile: Compile the model's forward.
         num_rows: Images that are under way together, with a rule for which `refills` holds; None
             is all.
+        make_drafter: A drafter instead of the Jacobi window, for the exact rule; None is that.
 
     Raises:
-        ValueError: If a row does not fit the model's context.
+        ValueError: If a row does not fit the model's context, or a drafter cannot begin rows anew
+            where there are fewer rows than images.
     """
     rows = TokenRows(
         prompts,
@@ -124,7 +144,8 @@ def image_engine(
         num_rows=num_rows,
     )
     # Other rules would follow the clock with their tokens, and a compiled forward compile anew.
-    if window is None and (rule != "exact" or compile):
+    # What the window schedule knows of settling guesses is not true of other drafters.
+    if window is None and (rule != "exact" or compile or make_drafter is not None):
         window = default_window(layout.num_tokens, rows.num_rows)
     schedule: WindowSchedule | FixedSchedule
     if window is None:
@@ -144,8 +165,9 @@ def image_engine(
     spec: dict[str, Any] = {"name": "jacobi", "stride": layout.stride}
     if denoiser is not None:
         spec |= {"name": "denoise", "denoiser": denoiser, "embed": family.embed_image}
-    drafter = build_drafter(
-        "none" if window == 1 else spec,
+    if make_drafter is None or window == 1:
+        make_drafter = partial(build_drafter, "none" if window == 1 else spec)
+    drafter = make_drafter(
         target=target,
         rows=rows,
         law=law,
@@ -153,7 +175,11 @@ def image_engine(
         shared_noise=rule in ("exact", "lossy-rows"),
     )
     made = _build_rule(rule, law, rows, family, layout, lenience)
-    seats = ImageSeats(target, drafter, made) if rows.num_waiting else None
+    seats = None
+    if rows.num_waiting:
+        rule_of_seats = "one with admit() where batch_size is below the number of images"
+        require(hasattr(drafter, "admit"), "drafter", rule_of_seats, type(drafter).__name__)
+        seats = ImageSeats(target, drafter, made)
     return Engine(target, drafter, made, schedule, seats), rows
 
 

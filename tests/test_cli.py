@@ -157,7 +157,9 @@ def test_image_sheet_with_metadata_and_step_map(janus, tmp_path):
     }  # fmt: skip
     with Image.open(out) as sheet, Image.open(out.with_suffix(".steps.png")) as maps:
         assert sheet.width > sheet.height
-        assert maps.width == 3 * (4 * 2 + 8) + 8
+        assert sheet.width == 3 * (8 * 2 + 8) + 8
+        assert maps.width == 3 * (2 * 8 * 2 + 8) + 8  # over each image, and beside it
+        assert maps.height == sheet.height
 
 
 def test_image_k_of_a_seed_is_the_single_image_of_that_seed(janus, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from saved import JANUS
@@ -86,6 +87,31 @@ def test_the_recipe_holds_out_new_names_of_known_words():
     assert 0 < len(held) <= icons.NUM_HELDOUT_NAMES
     assert {word for name in held for word in name.split()} <= seen
     assert "lone word" not in held
+
+
+def test_nearness_tells_copies_from_new_pictures():
+    near = pytest.importorskip("mmspec.assets.forge.emoji.nearness")
+    dice = np.random.default_rng(0)
+    pictures = dice.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    codes = dice.integers(0, 1024, (6, 256))
+    copies, moved = pictures[[4, 2]], pictures[[4, 2]].copy()
+    moved[0] ^= 128  # each number by just 128
+    almost = codes[[4, 2]].copy()
+    almost[1, :64] += 1  # a quarter of the codes
+    rmse, index = near.nearest_rmse(copies, pictures)
+    assert index.tolist() == [4, 2]
+    assert rmse == pytest.approx(0, abs=1e-3)
+    alone = near.nearest_rmse(moved, pictures[[4]])[0]
+    assert alone[0] == pytest.approx(128 / 255, rel=1e-4)
+    expected = np.sqrt(np.square((moved[1].astype(float) - pictures[4]) / 255).mean())
+    assert alone[1] == pytest.approx(expected, rel=1e-4)
+    assert near.least_hamming(almost, codes).tolist() == [0, 0.25]
+    known = {"pictures": pictures, "codes": codes}
+    assert near.nearness(copies, almost, known)["share_below_rmse_0.05"] == 1
+    new = near.nearness(255 - pictures, codes[::-1] + 1, known)
+    assert new["share_below_rmse_0.05"] == 0
+    assert new["pixel_rmse_quartiles"][0] > 0.3
+    assert new["code_hamming_quartiles"][0] > 0.9
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from mmspec.pictures import (
     read_png_metadata,
     save_png,
     step_map,
+    steps_shown,
     upscale,
 )
 
@@ -107,6 +108,19 @@ def test_overlay_has_the_size_of_the_image():
     image, drawn = square(size=8), step_map([[0, 1], [2, 3]])
     assert overlay(image, drawn).size == (8, 8)
     assert overlay(image, drawn, 0.0).tobytes() == image.tobytes()
+
+
+def test_steps_are_shown_over_the_image_and_beside_it():
+    steps = [[0, 1], [2, 3]]
+    image = upscale(square(size=4), 2)
+    image.putpixel((7, 0), (0, 0, 250))
+    shown, drawn = steps_shown(image, steps), upscale(step_map(steps), 4)
+    assert shown.size == (16, 8)
+    assert shown.crop((8, 0, 16, 8)).tobytes() == drawn.tobytes()
+    over = shown.crop((0, 0, 8, 8))
+    # Both are seen: the image under one step, and the steps on one colour of the image.
+    assert over.getpixel((7, 0)) != over.getpixel((6, 0)) == over.getpixel((5, 0))
+    assert len({over.getpixel(at) for at in [(0, 0), (6, 0), (0, 7), (7, 7)]}) == 4
 
 
 def test_data_url_is_the_image():

@@ -41,6 +41,8 @@ V, LENGTH = 4, 3
 SANE_P = 5e-4
 #: Every biased rule below lands far under this.
 BIASED_P = 1e-12
+#: Samples of the slow tests, all rows of one batch.
+MANY = 200_000
 
 
 class TwinTreeDrafter(TableDrafter):
@@ -132,23 +134,16 @@ def test_joint_law_of_all_positions(kind, rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize(("kind", "rule"), [*LAWFUL, ("jacobi", "speculative")])
-def test_joint_law_over_more_seeds(kind, rule, seed):
-    assert p_value(kind, rule, seed) > SANE_P
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["coupled", "sjd", "block"])
 def test_joint_law_of_a_grid_window(rule):
-    assert p_value("jacobi-grid", rule, seed=4) > SANE_P
+    assert p_value("jacobi-grid", rule, seed=4, num_rows=MANY) > SANE_P
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [11, 12, 13])
-@pytest.mark.parametrize(("kind", "rule"), [case for case in LAWFUL if case[1] != "exact"])
+@pytest.mark.parametrize(("kind", "rule"), [*LAWFUL, ("jacobi", "speculative")])
 def test_joint_law_in_200_000_rows_of_one_batch(kind, rule, seed):
-    assert p_value(kind, rule, seed, num_rows=200_000) > SANE_P
+    assert p_value(kind, rule, seed, num_rows=MANY) > SANE_P
 
 
 @pytest.mark.slow
@@ -162,7 +157,7 @@ def test_joint_law_in_200_000_rows_of_one_batch(kind, rule, seed):
     ],
 )
 def test_published_rules_that_do_not_keep_the_law_fail_the_same_test(kind, rule):
-    assert p_value(kind, rule, 11, num_rows=200_000) < BIASED_P
+    assert p_value(kind, rule, 11, num_rows=MANY) < BIASED_P
 
 
 @pytest.mark.slow
@@ -175,7 +170,7 @@ def test_joint_law_however_new_positions_begin(init):
 
     table = random_table(4, LENGTH + 1, V)
     for rule in ("coupled", "sjd"):
-        made = run_toy(table, window, rule, seed=4)
+        made = run_toy(table, window, rule, num_rows=MANY, seed=4)
         assert chi_square_p(made.outputs, joint_law(table)) > SANE_P
     plain = run_toy(table, make_drafter("plain", 4), num_rows=3000, seed=4)
     fast = run_toy(
@@ -207,7 +202,9 @@ def test_joint_law_under_warpers(kind):
     def law_of(logits):
         return law(logits.flatten(0, 1), context).view_as(logits).softmax(-1)
 
-    made = run_toy(table, make_drafter(kind, 5), "speculative", seed=5, config=config)
+    made = run_toy(
+        table, make_drafter(kind, 5), "speculative", num_rows=MANY, seed=5, config=config
+    )
     assert chi_square_p(made.outputs, joint_law(table, law_of)) > SANE_P
 
 

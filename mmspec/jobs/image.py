@@ -21,7 +21,7 @@ from mmspec.pictures import (
     read_png_metadata,
     save_gif,
     save_png,
-    step_map,
+    steps_shown,
     upscale,
 )
 from mmspec.pipelines.image import ImageOutput
@@ -201,7 +201,7 @@ class ImageRun:
         num: Images of each request.
         settings: What the images share.
         batch_size: Images under way together.
-        steps_map: Also write step maps, as ``NAME.steps.png``.
+        steps_map: Also write step maps over the images, as ``NAME.steps.png``.
         report: Told the progress, a line at a time.
     """
 
@@ -247,10 +247,11 @@ def run_image_files(run: ImageRun) -> ImageSummary:
 
     def save(picture: _Picture, output: ImageOutput) -> None:
         chunks = picture.chunks_to_save(settings, output.stats)
+        image = upscale(output.images[0], settings.scale)
         if steps_map:  # before the image, whose presence says that both are done
-            drawn = upscale(step_map(output.step_maps[0]), settings.scale)
-            save_png(drawn, steps_path(picture.path), chunks)
-        save_png(upscale(output.images[0], settings.scale), picture.path, chunks)
+            shown = steps_shown(image, output.step_maps[0])
+            save_png(shown, steps_path(picture.path), chunks)
+        save_png(image, picture.path, chunks)
         summary.num_images += 1
         run.report(f"{summary.num_images}/{len(missing)} {picture.path.name}")
 
@@ -296,10 +297,11 @@ def save_sheet(run: ImageRun, *, preview: Preview | None = None) -> ImageSummary
         watcher = preview.watcher(images, len(pictures), settings.scale) if preview else None
         summary.batches.append(_draw(pipe, called, run, take, watcher))
         images += [upscale(made[picture].images[0], settings.scale) for picture in called]
-    maps = [upscale(step_map(made[p].step_maps[0]), settings.scale) for p in pictures]
     stats = summary.batches[0]
     chunks = _joined([picture.chunks_to_save(settings, stats) for picture in pictures])
     if run.steps_map:
+        pairs = zip(images, pictures, strict=True)
+        maps = [steps_shown(image, made[picture].step_maps[0]) for image, picture in pairs]
         save_png(contact_sheet(maps), steps_path(out), chunks)
     save_png(contact_sheet(images), out, chunks)
     if preview:

@@ -232,6 +232,24 @@ def test_speculate_samples_the_same_tokens_with_every_drafter(model):
     assert torch.equal(tokens("jacobi"), tokens("none"))
 
 
+def test_speculate_keeps_nothing_on_the_module():
+    names = ("rope_deltas", "_cached_decode_position_ids")
+    model = glm_model()
+    inputs = padded(PROMPTS) | {"do_sample": False, "max_new_tokens": 9}
+    model.generate(**inputs, custom_generate=mmspec.speculate("jacobi", width=7))
+    assert [getattr(model.model, name) for name in names] == [None, None]
+    # What `generate` alone has left there is left as it is.
+    model.generate(**inputs)
+    left = [getattr(model.model, name) for name in names]
+    assert None not in left
+    kept = [value.clone() for value in left]
+    other = padded(PROMPTS[:1], (2, 5), (2, 4)) | {"do_sample": False, "max_new_tokens": 9}
+    model.generate(**other, custom_generate=mmspec.speculate("jacobi", width=7))
+    for name, value, before in zip(names, left, kept, strict=True):
+        assert getattr(model.model, name) is value
+        assert torch.equal(value, before)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,10 +1,13 @@
 """Image jobs: each file is there as soon as its image is complete."""
 
+import numpy as np
 import pytest
+from PIL import Image
 from saved import save_janus
 
 from mmspec.jobs.image import ImageRun, ImageSettings, run_image_files
 from mmspec.jobs.requests import VisualRequest
+from mmspec.pictures import overlay
 from mmspec.pipelines import SpeculativeImagePipeline
 
 PROMPTS = ["a pixel avatar", "blue", "a pixel avatar with red hair and glasses", "red", "the hair"]
@@ -52,6 +55,11 @@ def test_a_run_that_is_killed_keeps_every_image_that_was_complete(pipe, tmp_path
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
     for path in whole.glob("????-??.png"):
         assert (killed / path.name).read_bytes() == path.read_bytes()
+        with Image.open(path) as image, Image.open(path.with_suffix(".steps.png")) as shown:
+            assert shown.size == (2 * image.width, image.height)
+            over = np.asarray(shown, dtype=int)[:, : image.width]
+            under = np.asarray(overlay(image, shown.crop((image.width, 0, *shown.size))), dtype=int)
+            assert (over == under).all()
 
 
 def test_decoders_whose_rows_cannot_be_refilled_run_in_batches(pipe, tmp_path):

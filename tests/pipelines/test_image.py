@@ -11,11 +11,40 @@ from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedT
 
 from mmspec.pipelines import SpeculativeImagePipeline
 from mmspec.pipelines.image_decoders import DECODERS, DENOISE
+from mmspec.tree import pack_chain
 from mmspec.window_schedule import _MEMORIES
 
 BOS, PAD, BOI = 1, 0, 2
 WORDS = ["a", "pixel", "avatar", "with", "red", "blue", "hair", "and", "glasses"]
 PROMPTS = ["a pixel avatar", "a pixel avatar with red hair and glasses", "blue"]
+
+
+class ConstantDrafter:
+    """Drafts one code everywhere: right now and then, and without a window of its own."""
+
+    name = "constant"
+
+    def __init__(self, *, target, rows, law, max_width, shared_noise):
+        self.rows, self.vocab_size = rows, target.vocab_size
+
+    def prefill(self):
+        pass
+
+    def propose(self, plan):
+        tokens = torch.full((self.rows.num_rows, plan.width), 13)
+        tokens[:, 0] = self.rows.roots_B()
+        counts = [0 if done else plan.width - 1 for done in self.rows.host_done]
+        return pack_chain(tokens, counts, self.vocab_size)
+
+    def commit(self, proposal, scores, verdict, outcome):
+        pass
+
+
+class SeatedDrafter(ConstantDrafter):
+    """One that may begin rows anew: it keeps nothing."""
+
+    def admit(self, rows, verdict):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +278,8 @@ def test_saved_and_loaded_is_the_same(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"drafter": "jacobi"}, "drafter must be None or a function that makes one, got 'jacobi'"),
+        ({"drafter": ConstantDrafter, "decoder": "sjd"}, "beside drafter= must be 'exact'"),
         ({"decoder": "magic"}, "unknown decoder 'magic'; known: sequential, exact"),
         ({"window": 0}, "window must be None or between 1 and 128, got 0"),
         ({"window": 129}, "got 129"),
@@ -308,6 +339,20 @@ def test_a_model_of_another_family_is_refused(tokenizer):
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"LlamaForCausalLM .* known: .*janus"):
         SpeculativeImagePipeline.from_model(llama, tokenizer)
+
+
+@pytest.mark.parametrize("window", [4, None])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_drafter_of_the_users_own_moves_no_token(pipe, window, guidance):
+    options = {"guidance_scale": guidance, "top_k": 4, "output_type": "tokens"}
+    plain = tokens(pipe, decoder="sequential", **options)
+    out = pipe(PROMPTS, drafter=ConstantDrafter, window=window, generator=seeds(0, 1, 2), **options)
+    assert torch.equal(out.tokens, plain)
+    assert out.stats.num_accepted > 0
+    given_on = tokens(pipe, drafter=SeatedDrafter, window=window, batch_size=2, **options)
+    assert torch.equal(given_on, plain)
+    with pytest.raises(ValueError, match=r"drafter must be one with admit\(\)"):
+        tokens(pipe, drafter=ConstantDrafter, batch_size=2, **options)
 
 
 def _must_not_run(*args, **kwargs):

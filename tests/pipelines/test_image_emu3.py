@@ -178,6 +178,20 @@ def test_row_of_a_batch_is_its_single_run(pipe, decoder):
         assert torch.equal(batch[row], single[0])
 
 
+@pytest.mark.parametrize("decoder", ["sequential", "exact"])
+def test_both_prompts_of_an_image_share_one_forward(pipe, model, decoder):
+    fed = []
+    hook = model.model.text_model.register_forward_hook(
+        lambda _, args, out: fed.append(len(out.last_hidden_state))
+    )
+    with hook:
+        options = {"negative_prompt": "lowres", "guidance_scale": 3.0, "window": 8}
+        stats = run(pipe, PROMPTS[:2], decoder=decoder, **options).stats
+    assert len(fed) == stats.num_target_forwards
+    assert fed[0] == 2 * 2
+    assert set(fed) <= {2 * 2, 2 * 1}  # of an image that is complete neither prompt is fed
+
+
 def test_image_of_a_prompt_is_its_single_run(pipe):
     options = {"num_images_per_prompt": 2, "generator": seeds(4, 5, 6, 7)}
     many = run(pipe, PROMPTS[:2], negative_prompt=["a", "lowres hair"], **options).tokens

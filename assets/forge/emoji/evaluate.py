@@ -22,7 +22,7 @@ from mmspec.pipelines.image import SpeculativeImagePipeline
 
 from .export import BUNDLE
 from .icons import full_caption, name_hash
-from .make_data import nearest_rmse
+from .nearness import nearest_rmse, nearness
 from .train import load_icons
 from .train_codec import psnr
 
@@ -80,22 +80,6 @@ def draw(pipe: SpeculativeImagePipeline, rows: list[Row]) -> np.ndarray:
         )
         codes.append(out.tokens.numpy())
     return np.concatenate(codes)
-
-
-def least_hamming(codes: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Returns the least share of codes that differ from any of `among`."""
-    return np.array([(among != one).mean(1).min() for one in codes])
-
-
-def nearness(pictures: np.ndarray, codes: np.ndarray, known: dict[str, np.ndarray]) -> Any:
-    """Quartiles of the distances to the nearest training icon, in pixels and in codes."""
-    rmse = nearest_rmse(pictures, known["pictures"])[0]
-    hamming = least_hamming(codes, known["codes"])
-    return {
-        "pixel_rmse_quartiles": np.percentile(rmse, [25, 50, 75]).round(4).tolist(),
-        "code_hamming_quartiles": np.percentile(hamming, [25, 50, 75]).round(4).tolist(),
-        "share_below_rmse_0.05": round(float((rmse < 0.05).mean()), 4),
-    }
 
 
 def save_sheet(sides: tuple[np.ndarray, ...], path: Path, columns: int = 20) -> None:

@@ -20,6 +20,7 @@ import resvg_py
 from PIL import Image
 
 from .icons import PACKAGES, SIZE, Icon, read_icons, split_icons
+from .nearness import nearest_rmse
 
 TWIN_RMSE = 0.05  # of the range of pixel values
 
@@ -48,15 +49,6 @@ def render(icon: Icon) -> np.ndarray:
     drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
     paper = Image.new("RGBA", drawn.size, "white")
     return np.asarray(Image.alpha_composite(paper, drawn).convert("RGB"))
-
-
-def nearest_rmse(pictures: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each picture the least pixel RMSE (0 to 1) to any of `among`, and its index."""
-    left = pictures.reshape(len(pictures), -1).astype(np.float32) / 255
-    right = among.reshape(len(among), -1).astype(np.float32) / 255
-    squares = (left**2).sum(1)[:, None] + (right**2).sum(1) - 2 * left @ right.T
-    rmse = np.sqrt(np.clip(squares / left.shape[1], 0, None))
-    return rmse.min(1), rmse.argmin(1)
 
 
 def set_twins_aside(split: dict[str, list[Icon]], pictures: dict[str, np.ndarray]) -> None:
