@@ -52,7 +52,7 @@ class WindowMemory:
     PRIOR_ENDLESS = 8.0
     PRIOR_TRIALS = 8.0
     #: Row-steps of a width after which half of its deviation from the curve is believed.
-    TRUST_TRIALS = 200.0
+    TRUST_TRIALS = 400.0
     #: Row-steps remembered at most.
     SPAN = 1000.0
     #: Units of an endless window that are considered.
@@ -172,7 +172,7 @@ class WindowSchedule:
     """
 
     #: The present width must take this much longer than the best one to be left.
-    MARGIN = 1.04
+    MARGIN = 1.03
     #: Widths of the first steps where nothing is known of the costs. Two of each, for the first
     #: of a width may hold a compilation. Plain ones come second: the first window accepts guesses
     #: that are right from the start, the next ones hardly any, however wide they are.
@@ -187,7 +187,7 @@ class WindowSchedule:
     BEGINNING_UNITS = 2.5
     SETTLING = 4
     #: Spread of the rows: of the logarithm of what an endless window brings them.
-    SPREAD = 0.5
+    SPREAD = 0.4
     #: Steps from one choice to the next while as many rows go on.
     PERIOD = 4
 
