@@ -52,7 +52,7 @@ class WindowMemory:
     PRIOR_ENDLESS = 8.0
     PRIOR_TRIALS = 8.0
     #: Row-steps of a width after which half of its deviation from the curve is believed.
-    TRUST_TRIALS = 400.0
+    TRUST_TRIALS = 200.0
     #: Row-steps remembered at most.
     SPAN = 1000.0
     #: Units of an endless window that are considered.
@@ -187,7 +187,7 @@ class WindowSchedule:
     BEGINNING_UNITS = 2.5
     SETTLING = 4
     #: Spread of the rows: of the logarithm of what an endless window brings them.
-    SPREAD = 0.4
+    SPREAD = 0.25
     #: Steps from one choice to the next while as many rows go on.
     PERIOD = 4
 
@@ -288,7 +288,7 @@ class WindowSchedule:
         for width in self._widths:
             cost = memory.cost(num_rows, width)
             if cost is None:
-                return {width: 0.0 for width in self._widths}
+                return dict.fromkeys(self._widths, 0.0)
             trusted = memory.units(width, endless) / settled_units(width, endless)
             ahead = sum(self._num_steps(left, 0, memory.units(width, endless)) for left in waiting)
             ends = sorted(
@@ -299,7 +299,9 @@ class WindowSchedule:
             steps = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
             # Row by row the steps get cheaper.
             saved = min(slope * width, cost / num_rows)
-            seconds[width] = sum(count * (cost - ended * saved) for ended, count in enumerate(steps))
+            seconds[width] = sum(
+                count * (cost - ended * saved) for ended, count in enumerate(steps)
+            )
         return seconds
 
     def _num_steps(self, left: int, age: int, units: float) -> float:
