@@ -185,6 +185,8 @@ class NoiseWindow:
     AHEAD = 1 << 17
     #: Positions made ahead at most.
     MAX_AHEAD = 15
+    #: The ring holds a multiple of this, because what it holds is made anew when it grows.
+    GRAIN = 16
 
     def __init__(self, keys_B: Int[Tensor, "B"], vocab_size: int) -> None:
         """Makes no noise yet.
@@ -222,7 +224,8 @@ class NoiseWindow:
         """
         reach = offset + num_positions
         if reach + self._ahead > self._size:
-            self._grow(reach + self._ahead)
+            # A window is drafted with a position less than it is verified with: grow for both.
+            self._grow(-(-(reach + self._ahead) // self.GRAIN) * self.GRAIN)
             self._made_until = list(host_lengths)
         missing = max(
             length + min(reach, room) - made

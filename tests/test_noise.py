@@ -142,6 +142,21 @@ def test_a_window_makes_each_position_once(monkeypatch):
     assert 0 <= sum(made) - (16 + 99) <= window._ahead
 
 
+def test_a_window_that_is_verified_with_one_position_more_is_not_made_anew(monkeypatch):
+    made = []
+
+    def counted(keys, positions, vocab_size, *args):
+        made.append(positions.shape[1])
+        return gumbel(keys, positions, vocab_size, *args)
+
+    monkeypatch.setattr(mmspec.noise, "gumbel", counted)
+    window = NoiseWindow(KEYS[:1], 16_384)
+    length = torch.tensor([5])
+    window.take(length, [5], 14, offset=1)
+    window.take(length, [5], 16)
+    assert sum(made) <= 16 + 8
+
+
 def test_no_noise_is_made_behind_the_end_of_the_rows(monkeypatch):
     made = []
 
