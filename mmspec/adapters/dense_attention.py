@@ -8,6 +8,7 @@ for each pair of tokens that are read together.
 
 import math
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.transformers.transformer_anyflow_far import apply_rotary_emb
@@ -17,6 +18,11 @@ from torch.nn.attention.flex_attention import create_mask
 
 #: diffusers pads queries and keys to a multiple of this.
 PADDING = 128
+#: Bytes of masks that are kept of a transformer. Building one takes a small model as long as several
+#: forwards.
+KEPT_BYTES = 1 << 24
+#: Transformer -> its latest masks, by the arguments that they are built from.
+_MASKS: WeakKeyDictionary[torch.nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 class DenseProcessor:
@@ -72,7 +78,6 @@ class DenseAttention:
         self._transformer = transformer
         self._build = transformer.build_attention_mask
         self._own: list[Any] = []
-        self._masks: dict[str, Tensor] = {}
 
     def install(self) -> None:
         """Gives the transformer this attention, for every caller."""
@@ -98,14 +103,20 @@ class DenseAttention:
 
     def _mask(self, **arguments: Any) -> Tensor:
         """The mask of blocks that diffusers builds, as a tensor."""
-        key = repr(sorted(arguments.items()))
-        if key not in self._masks:
+        key = repr((sorted(arguments.items()), self._transformer.config))
+        masks = _MASKS.setdefault(self._transformer, {})
+        mask = masks.pop(key, None)
+        if mask is None:
             block_mask = self._build(**arguments)
             num_queries, num_keys = block_mask.seq_lengths
-            self._masks[key] = create_mask(
+            mask = create_mask(
                 block_mask.mask_mod, None, None, num_queries, num_keys, device=arguments["device"]
             )
-        return self._masks[key]
+        # The latest is last; older ones make room.
+        masks[key] = mask
+        while len(masks) > 1 and sum(one.nbytes for one in masks.values()) > KEPT_BYTES:
+            del masks[next(iter(masks))]
+        return mask
 
 
 def _cached(

@@ -5,6 +5,7 @@ import torch
 from diffusers.models.transformers import transformer_anyflow_far
 from video import NUM_FRAMES, SIDE, embeds, far_pipe, helios_pipe, plain, seeded
 
+from mmspec.adapters import dense_attention
 from mmspec.adapters.dense_attention import DenseAttention
 from mmspec.pipelines import SpeculativeVideoPipeline
 
@@ -116,3 +117,22 @@ def test_what_a_family_does_not_have_is_refused(pipe):
     helios = SpeculativeVideoPipeline.from_model(helios_pipe(1))
     with pytest.raises(ValueError, match="attention must be None for HeliosPipeline, got 'dense'"):
         call(helios, attention="dense", num_frames=33)
+
+
+def test_masks_are_built_once_as_far_as_they_are_small(pipe, monkeypatch):
+    built = []
+
+    def building(*arguments, **options):
+        built.append(1)
+        return create_mask(*arguments, **options)
+
+    create_mask = dense_attention.create_mask
+    monkeypatch.setattr(dense_attention, "create_mask", building)
+    first = call(pipe, router="never", attention="dense")
+    num_built = len(built)
+    assert num_built > 0
+    assert torch.equal(call(pipe, router="never", attention="dense"), first)
+    assert len(built) == num_built
+    monkeypatch.setattr(dense_attention, "KEPT_BYTES", 1)
+    assert torch.equal(call(pipe, router="never", attention="dense"), first)
+    assert len(dense_attention._MASKS[pipe.target.transformer]) == 1
