@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import create_mask
 
 #: diffusers pads queries and keys to a multiple of this.
 PADDING = 128
-#: Bytes of masks that are kept of a transformer. Building one takes a small model as long as several
-#: forwards.
+#: Bytes of masks that are kept of a transformer. Building one takes a small model as long as
+#: several forwards.
 KEPT_BYTES = 1 << 24
 #: Transformer -> its latest masks, by the arguments that they are built from.
 _MASKS: WeakKeyDictionary[torch.nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
