@@ -139,15 +139,18 @@ class TokenRows:
         return max(map(len, self.host_tokens))
 
     @property
-    def remaining(self) -> list[int]:
-        """Tokens that each row may still get; 0 where it has ended."""
-        rows = zip(self.host_limits, self.host_tokens, self.host_done, strict=True)
-        return [0 if done else limit - len(tokens) for limit, tokens, done in rows]
-
-    @property
     def max_remaining(self) -> int:
         """Largest number of tokens that an active row may still get."""
-        return max(self.remaining)
+        return max(
+            (
+                limit - len(tokens)
+                for limit, tokens, done in zip(
+                    self.host_limits, self.host_tokens, self.host_done, strict=True
+                )
+                if not done
+            ),
+            default=0,
+        )
 
     @property
     def last_B(self) -> Tensor:

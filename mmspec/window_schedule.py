@@ -9,7 +9,7 @@ unknown says what a window of any width brings once it has settled (docs/schedul
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,7 +38,7 @@ class WindowMemory:
     Attributes:
         costs: Seconds of the latest steps, by rows fed and width.
         trials: Row-steps by width, old ones discounted.
-        units_of: Units of these row-steps.
+        units: Units of these row-steps.
     """
 
     #: Growth of the units with the width where nothing limits them, and how sharply the curve
@@ -64,7 +64,7 @@ class WindowMemory:
             lambda: deque(maxlen=self.KEPT)
         )
         self.trials: dict[int, float] = defaultdict(float)
-        self.units_of: dict[int, float] = defaultdict(float)
+        self.units: dict[int, float] = defaultdict(float)
 
     def begin_call(self) -> None:
         """Old evidence counts less, so that an unlucky finding is tried again."""
@@ -76,43 +76,31 @@ class WindowMemory:
         """A step of a settled window."""
         self._discount(max(1 - num_rows / self.SPAN, 0.0))
         self.trials[width] += num_rows
-        self.units_of[width] += num_units
+        self.units[width] += num_units
 
     def _discount(self, keep: float) -> None:
         for width in self.trials:
             self.trials[width] *= keep
-            self.units_of[width] *= keep
+            self.units[width] *= keep
 
-    def endless(self) -> float:
-        """Units per row and step of a window without end, as far as is known."""
-        seen = [(w, n, math.log(self.units_of[w] / n)) for w, n in self.trials.items() if n > 0.5]
+    def expected(self) -> Callable[[int], float]:
+        """Units per row and step of a settled window, as a function of its width."""
+        seen = [(w, n, math.log(self.units[w] / n)) for w, n in self.trials.items() if n > 0.5]
         prior = math.log(self.PRIOR_ENDLESS)
 
         def misfit(endless: float) -> float:
             far = self.PRIOR_TRIALS * (math.log(endless) - prior) ** 2
             return far + sum(n * (u - math.log(settled_units(w, endless))) ** 2 for w, n, u in seen)
 
-        return min(self.ENDLESS, key=misfit)
+        endless = min(self.ENDLESS, key=misfit)
+        known = {w: (n / (n + self.TRUST_TRIALS), u) for w, n, u in seen}
 
-    def units(self, width: int, endless: float) -> float:
-        """Units per row and step of a settled window, by the curve and by what was counted."""
-        curve, trials = settled_units(width, endless), self.trials[width]
-        if trials <= 0.5:
-            return curve
-        trust = trials / (trials + self.TRUST_TRIALS)
-        return float(curve ** (1 - trust) * (self.units_of[width] / trials) ** trust)
+        def units(width: int) -> float:
+            curve = settled_units(width, endless)
+            trust, log_units = known.get(width, (0.0, 0.0))
+            return math.exp((1 - trust) * math.log(curve) + trust * log_units)
 
-    def slope(self) -> float:
-        """Seconds that a node more takes."""
-        return _line(self._nodes())[1] if self.costs else 0.0
-
-    def _nodes(self) -> list[tuple[int, float]]:
-        """Nodes fed and seconds of each cell."""
-        return [
-            (rows * width, statistics.median_low(samples))
-            for (rows, width), samples in self.costs.items()
-            if samples
-        ]
+        return units
 
     def cost(self, num_rows: int, width: int) -> float | None:
         """Seconds of a step: as measured, else from a line through what was measured.
@@ -164,15 +152,10 @@ def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
 
 
 class WindowSchedule:
-    """Takes the width with which the rows are expected to be finished first.
+    """Takes the width that brings most units per second, for the rows that are still going on."""
 
-    A batch takes as many steps as its slowest row, and a slow row gains less from a wide window
-    than the mean. So what is compared is not units per second but the seconds that are left: rows
-    end one after the other, and steps get cheaper as they do.
-    """
-
-    #: The present width must take this much longer than the best one to be left.
-    MARGIN = 1.03
+    #: A width must be this much better than the present one to replace it.
+    MARGIN = 1.08
     #: Widths of the first steps where nothing is known of the costs. Two of each, for the first
     #: of a width may hold a compilation. Plain ones come second: the first window accepts guesses
     #: that are right from the start, the next ones hardly any, however wide they are.
@@ -181,29 +164,24 @@ class WindowSchedule:
     DEAR = 2.5
     #: Largest width over the largest one whose cost was measured: a line is no proof.
     STRIDE = 2
-    #: Steps at the beginning of a row, and after a change of width, that say nothing about what a
-    #: settled window brings; and what a step brings a row at its beginning, at most.
+    #: Steps at the beginning, and after a change of width, that say nothing about what a settled
+    #: window brings.
     BEGINNING = 14
-    BEGINNING_UNITS = 2.5
     SETTLING = 4
-    #: Spread of the rows: of the logarithm of what an endless window brings them.
-    SPREAD = 0.25
-    #: Steps from one choice to the next while as many rows go on.
-    PERIOD = 4
 
     def __init__(
         self,
         max_width: int,
-        remaining: Callable[[], Sequence[int]],
-        waiting: Callable[[], Sequence[int]] = tuple,
+        remaining: Callable[[], int],
+        num_active: Callable[[], int],
         memory: WindowMemory | None = None,
     ) -> None:
         """Starts from a guess or from what earlier calls found.
 
         Args:
             max_width: Largest width.
-            remaining: Units that each row may still get; 0 where it has ended.
-            waiting: Units of each row that waits for a place.
+            remaining: Largest number of units that an active row may still get.
+            num_active: Rows that go on.
             memory: Kept by the caller from call to call.
 
         Raises:
@@ -215,26 +193,22 @@ class WindowSchedule:
         self.memory.begin_call()
         self._widths = [b for b in BUCKETS if b < max_width] + [max_width]
         self._remaining = remaining
-        self._waiting = waiting
+        self._num_active = num_active
         self._probes = [] if self.memory.costs else list(self.PROBES)
         self._has_begun = False
         self._width = 0
         self._steps = 0
         self._last_change = 0
-        self._left: list[int] = []
-        self._ages: list[int] = []
-        self._choice = (0, 0)
 
     def plan(self) -> Plan:
         """Returns the plan of the next step; the first is plain, for the prefill answers it."""
-        self._look()
         if not self._has_begun:
             return Plan(width=1)
         self._steps += 1
-        width = self._chosen_width()
+        width = self._chosen_width(max(self._num_active(), 1))
         if width != self._width:
             self._width, self._last_change = width, self._steps
-        return Plan(width=clamped(width, max(self._left)))
+        return Plan(width=clamped(width, self._remaining()))
 
     def observe(self, record: StepRecord) -> None:
         """Learns the cost and the acceptance of a finished step."""
@@ -243,74 +217,24 @@ class WindowSchedule:
             return
         num_rows = sum(record.was_active)
         self.memory.costs[num_rows, record.width].append(record.wall_time_s)
-        if record.width != self._width or self._steps <= self._last_change + self.SETTLING:
-            return
-        rows = zip(record.was_active, self._ages, record.num_emitted, strict=True)
-        units = [new for is_on, age, new in rows if is_on and age > self.BEGINNING]
-        if units:
-            self.memory.count(record.width, len(units), sum(units))
+        is_settled = self._steps > max(self.BEGINNING, self._last_change + self.SETTLING)
+        if is_settled and record.width == self._width:
+            self.memory.count(record.width, num_rows, sum(record.num_emitted))
 
-    def _look(self) -> None:
-        """Counts the steps of each row; one that has more left than before has begun anew."""
-        left = list(self._remaining())
-        rows = zip(left, self._left or left, self._ages or [-1] * len(left), strict=True)
-        self._ages = [0 if now > then else age + 1 for now, then, age in rows]
-        self._left = left
-
-    def _chosen_width(self) -> int:
-        num_rows = max(sum(left > 0 for left in self._left), 1)
+    def _chosen_width(self, num_rows: int) -> int:
         probe = self._probe(num_rows)
         if probe is not None:
             return probe
-        rows_then, until = self._choice
-        if num_rows == rows_then and self._steps < until:
-            return self._width
-        self._choice = num_rows, self._steps + self.PERIOD
-        seconds = self._seconds_left(num_rows)
-        best = min(seconds, key=lambda width: seconds[width])
-        if seconds.get(self._width, math.inf) <= self.MARGIN * seconds[best]:
+        units = self.memory.expected()
+        rates = {}
+        for width in self._widths:
+            cost = self.memory.cost(num_rows, width)
+            rates[width] = units(width) / cost if cost else math.inf
+        best = max(rates, key=lambda width: rates[width])
+        if rates[best] <= self.MARGIN * rates.get(self._width, 0.0):
             return self._width
         widest = max((width for _, width in self.memory.costs), default=1)
         return max(width for width in self._widths if width <= min(best, self.STRIDE * widest))
-
-    def _seconds_left(self, num_rows: int) -> dict[int, float]:
-        """Seconds until all rows have ended, by width; 0 where no cost is known."""
-        memory, waiting = self.memory, self._waiting()
-        endless, slope = memory.endless(), memory.slope()
-        # The row with most left is taken to be the slowest from now on as well.
-        rows = sorted(
-            ((left, age) for left, age in zip(self._left, self._ages, strict=True) if left),
-            reverse=True,
-        ) or [(1, 0)]
-        law = statistics.NormalDist(math.log(endless), self.SPREAD)
-        reach = [math.exp(law.inv_cdf((rank + 0.5) / num_rows)) for rank in range(num_rows)]
-        seconds = {}
-        for width in self._widths:
-            cost = memory.cost(num_rows, width)
-            if cost is None:
-                return dict.fromkeys(self._widths, 0.0)
-            trusted = memory.units(width, endless) / settled_units(width, endless)
-            ahead = sum(self._num_steps(left, 0, memory.units(width, endless)) for left in waiting)
-            ends = sorted(
-                ahead / num_rows
-                + self._num_steps(left, age, max(trusted * settled_units(width, of_row), 1.0))
-                for (left, age), of_row in zip(rows, reach, strict=True)
-            )
-            steps = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
-            # Row by row the steps get cheaper.
-            saved = min(slope * width, cost / num_rows)
-            seconds[width] = sum(
-                count * (cost - ended * saved) for ended, count in enumerate(steps)
-            )
-        return seconds
-
-    def _num_steps(self, left: int, age: int, units: float) -> float:
-        """Steps of a row that gets so many units in each, its slow beginning aside."""
-        beginning = max(self.BEGINNING - age, 0)
-        slow = min(units, self.BEGINNING_UNITS)
-        if left <= beginning * slow:
-            return left / slow
-        return beginning + (left - beginning * slow) / units
 
     def _probe(self, num_rows: int) -> int | None:
         """The next width to be tried for its cost; None if there is no need."""
@@ -342,7 +266,7 @@ def window_schedule(model: Any, kind: Hashable, rows: TokenRows) -> WindowSchedu
     longest = max(rows.max_remaining, 1)
     return WindowSchedule(
         min(b for b in BUCKETS if b >= min(longest, BUCKETS[-1])),
-        lambda: rows.remaining,
-        lambda: rows.budgets[len(rows.prompts) - rows.num_waiting :],
+        lambda: rows.max_remaining,
+        lambda: len(rows.active),
         memory,
     )

@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import functools
 import math
 import random
 
@@ -57,11 +56,11 @@ CASES = [(cost, kind, rows) for cost in COSTS for kind in PICTURES for rows in (
 
 
 def fixed(width):
-    return lambda remaining: FixedSchedule(width, lambda: max(remaining()))
+    return lambda remaining, num_active: FixedSchedule(width, remaining)
 
 
 def chosen(memory):
-    return lambda remaining: WindowSchedule(128, remaining, memory=memory)
+    return lambda remaining, num_active: WindowSchedule(128, remaining, num_active, memory)
 
 
 def speed(world, make, num_images, seeds) -> float:
@@ -142,7 +141,9 @@ def test_first_images_of_the_avatars_are_near_the_best_fixed_window(guidance):
             keys_B=torch.tensor([7]),
             device=pipe.device,
         )
-        engine.schedule = Scripted(make(lambda: rows.remaining), seconds)
+        engine.schedule = Scripted(
+            make(lambda: rows.max_remaining, lambda: len(rows.active)), seconds
+        )
         engine.run()
         return engine.schedule.steps
 
@@ -176,12 +177,12 @@ def record(width, seconds=1.0, units=1, num_rows=1):
     )
 
 
-def curve(memory):
-    return functools.partial(memory.units, endless=memory.endless())
+def endless() -> int:
+    return 10**9
 
 
-def endless() -> list[int]:
-    return [10**9]
+def one() -> int:
+    return 1
 
 
 def test_a_settled_window_brings_one_unit_at_least_and_the_limit_at_most():
@@ -195,17 +196,17 @@ def test_a_settled_window_brings_one_unit_at_least_and_the_limit_at_most():
 
 def test_the_curve_follows_what_was_counted():
     memory = WindowMemory()
-    before = curve(memory)
+    before = memory.expected()
     assert before(1) == pytest.approx(1)
     assert before(16) < before(64)
     for _ in range(100):
         memory.count(16, 8, 8 * 2)
-    after = curve(memory)
+    after = memory.expected()
     assert after(16) == pytest.approx(2, rel=0.02)
     assert after(64) < 0.6 * before(64)
     for _ in range(2000):
         memory.count(16, 8, 8 * 5)
-    assert curve(memory)(16) == pytest.approx(5, rel=0.02)
+    assert memory.expected()(16) == pytest.approx(5, rel=0.02)
     assert sum(memory.trials.values()) <= memory.SPAN
 
 
@@ -233,7 +234,7 @@ def test_costs_that_fall_with_the_width_make_a_flat_line():
 
 def test_the_first_step_is_plain_and_teaches_nothing():
     memory = WindowMemory()
-    schedule = WindowSchedule(64, endless, memory=memory)
+    schedule = WindowSchedule(64, endless, one, memory)
     assert [schedule.plan().width for _ in range(2)] == [1, 1]
     schedule.observe(record(1, 1e9))
     assert not memory.costs
@@ -246,7 +247,7 @@ def test_the_first_step_is_plain_and_teaches_nothing():
 
 def test_a_wide_window_is_not_probed_where_a_narrower_one_is_dear():
     memory = WindowMemory()
-    schedule = WindowSchedule(128, endless, memory=memory)
+    schedule = WindowSchedule(128, endless, one, memory)
     schedule.observe(record(1))
     for _ in range(20):
         width = schedule.plan().width
@@ -258,20 +259,20 @@ def test_a_line_alone_leads_to_twice_the_width_at_most():
     memory = WindowMemory()
     for width in (1, 8):
         memory.costs[1, width].extend([1.0] * 3)
-    schedule = WindowSchedule(128, endless, memory=memory)
+    schedule = WindowSchedule(128, endless, one, memory)
     schedule.observe(record(1))
     widths = []
-    for _ in range(3 * schedule.PERIOD):
+    for _ in range(3):
         widths.append(schedule.plan().width)
         schedule.observe(record(widths[-1]))
-    assert widths[:: schedule.PERIOD] == [16, 32, 64]
+    assert widths == [16, 32, 64]
 
 
 def test_what_a_call_found_serves_the_next():
     memory = WindowMemory()
     world = Pictures(seconds=COSTS["two cores, float32"], **PICTURES["easy"])
     world.generate(chosen(memory), 1)
-    schedule = WindowSchedule(128, endless, memory=memory)
+    schedule = WindowSchedule(128, endless, one, memory)
     schedule.observe(record(1))
     assert schedule.plan().width >= 16
     assert all(len(samples) <= memory.CARRIED for samples in memory.costs.values())
@@ -280,17 +281,16 @@ def test_what_a_call_found_serves_the_next():
 def test_a_little_better_is_no_reason_to_change():
     memory = WindowMemory()
     memory.costs[1, 1].extend([1.0] * 3)
-    schedule = WindowSchedule(128, endless, memory=memory)
+    schedule = WindowSchedule(128, endless, one, memory)
     schedule.observe(record(1))
-    units = curve(memory)
+    units = memory.expected()
     for width in BUCKETS[1:]:
         memory.costs[1, width].extend([units(width) / (1.2 if width == 16 else 1.1)] * 3)
     assert schedule.plan().width == 16
-    # The next choice is made when a period is over.
-    memory.costs[1, 32].extend([units(32) / 1.21] * 9)
-    assert [schedule.plan().width for _ in range(schedule.PERIOD)][-1] == 16
+    memory.costs[1, 32].extend([units(32) / 1.22] * 9)
+    assert schedule.plan().width == 16
     memory.costs[1, 32].extend([units(32) / 1.3] * 9)
-    assert [schedule.plan().width for _ in range(schedule.PERIOD)][-1] == 32
+    assert schedule.plan().width == 32
 
 
 def test_fewer_rows_get_a_wider_window():
@@ -299,9 +299,7 @@ def test_fewer_rows_get_a_wider_window():
     for seed in range(2):
         world.generate(chosen(memory), 8, seed)
     active = [8]
-    schedule = WindowSchedule(
-        128, lambda: [10**9] * active[0] + [0] * (8 - active[0]), memory=memory
-    )
+    schedule = WindowSchedule(128, endless, lambda: active[0], memory)
     schedule.observe(record(1))
     wide = schedule.plan().width
     active[0] = 1
@@ -310,7 +308,7 @@ def test_fewer_rows_get_a_wider_window():
 
 def test_the_window_ends_with_the_rows():
     left = [100]
-    schedule = WindowSchedule(64, lambda: left)
+    schedule = WindowSchedule(64, lambda: left[0], one)
     rng = random.Random(0)
     for _ in range(20):
         schedule.observe(record(schedule.plan().width, 1 + 0.01 * rng.random(), units=4))
@@ -322,4 +320,4 @@ def test_the_window_ends_with_the_rows():
 @pytest.mark.parametrize("width", [0, 129])
 def test_widths_out_of_range_are_refused(width):
     with pytest.raises(ValueError, match=f"between 1 and 128, got {width}"):
-        WindowSchedule(width, endless)
+        WindowSchedule(width, endless, one)
