@@ -130,9 +130,11 @@ class Pictures:
     size: int = 256
 
     def generate(self, make_schedule, num_images: int, seed: int = 0) -> Tally:
-        """One batch; ``make_schedule`` gets a function for the units left of each row."""
+        """One batch; ``make_schedule`` gets functions for the units left and the rows going on."""
         rows = [_Picture(self, random.Random(100 * seed + row)) for row in range(num_images)]
-        schedule = make_schedule(lambda: [row.left for row in rows])
+        schedule = make_schedule(
+            lambda: max(row.left for row in rows), lambda: sum(row.left > 0 for row in rows)
+        )
         rng, tally = random.Random(seed), Tally()
         while any(row.left for row in rows):
             width = schedule.plan().width
