@@ -128,28 +128,27 @@ def test_a_window_gives_the_noise_of_every_position_whatever_was_asked_before(vo
         lengths = [n + rng.randint(1, count) for n in lengths]
 
 
-def test_a_window_makes_each_position_once(monkeypatch):
-    made = []
+@pytest.fixture
+def made(monkeypatch):
+    """Positions of each piece of noise that is made."""
+    counts = []
 
     def counted(keys, positions, vocab_size, *args):
-        made.append(positions.shape[1])
+        counts.append(positions.shape[1])
         return gumbel(keys, positions, vocab_size, *args)
 
     monkeypatch.setattr(mmspec.noise, "gumbel", counted)
+    return counts
+
+
+def test_a_window_makes_each_position_once(made):
     window = NoiseWindow(KEYS, 50_000)
     for length in range(1, 101):
         window.take(torch.full((len(KEYS),), length), [length] * len(KEYS), 16)
     assert 0 <= sum(made) - (16 + 99) <= window._ahead
 
 
-def test_a_window_that_is_verified_with_one_position_more_is_not_made_anew(monkeypatch):
-    made = []
-
-    def counted(keys, positions, vocab_size, *args):
-        made.append(positions.shape[1])
-        return gumbel(keys, positions, vocab_size, *args)
-
-    monkeypatch.setattr(mmspec.noise, "gumbel", counted)
+def test_a_window_that_is_verified_with_one_position_more_is_not_made_anew(made):
     window = NoiseWindow(KEYS[:1], 16_384)
     length = torch.tensor([5])
     window.take(length, [5], 14, offset=1)
