@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmspec.checks import require_known
+from mmspec.drafters.mending import Mender
 from mmspec.drafters.plain import root_only
 from mmspec.noise import Salt, gumbel
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
@@ -49,6 +50,7 @@ class JacobiDrafter:
         shared_noise: bool = True,
         keep_laws: bool = False,
         allowed: Allowed | None = None,
+        mend: bool = False,
     ) -> None:
         """Makes an empty window.
 
@@ -66,13 +68,18 @@ class JacobiDrafter:
                 exact rule); otherwise with fresh noise (for rules that keep only the law).
             keep_laws: Hand the laws of the guesses to the rule.
             allowed: The stage of the target's law that says which tokens may stand where.
+            mend: Replace stale guesses by what followed the same neighbours before
+                (`mmspec.drafters.mending`); for rules that compare tokens, in a grid.
 
         Raises:
-            ValueError: If the stride is below 1 or the way to begin unknown.
+            ValueError: If the stride is below 1 or the way to begin unknown, or if guesses are to
+                be mended without a stride or beside their laws.
         """
         require_known("init", init, INITS)
         if isinstance(stride, int) and stride < 1:
             raise ValueError(f"stride must be >= 1, got {stride}")
+        if mend and (stride is None or keep_laws):
+            raise ValueError("mend needs a stride, and a rule that asks for no laws of guesses")
         if isinstance(stride, Tensor):
             stride = stride.to(rows.lengths_B.device)
         longest = int(stride.max()) if isinstance(stride, Tensor) else stride or 0
@@ -87,6 +94,9 @@ class JacobiDrafter:
         self._allowed = allowed
         # A ring by position: far enough back for the row above, far enough ahead for the window.
         self._ring = 2 * max_width + longest + 1
+        self._mender = None
+        if mend and stride is not None:
+            self._mender = Mender(rows, vocab_size, stride=stride, ring=self._ring)
         # New positions look no further back from the end of the known ones.
         self._num_looked_at = longest + 1
         self._laws_BRV: Tensor | None = None
@@ -124,6 +134,8 @@ class JacobiDrafter:
         # Rules that compare tokens need no laws, and only new positions have none to guess by.
         num_known = 0 if self._keep_laws else self._num_known(width - 1)
         guesses, laws = self._guesses_at(position, num_known)
+        if self._mender is not None:
+            guesses = self._mender.mended(guesses, position, position < self._known_B[:, None])
         drafts = None
         if self._keep_laws:
             # The law of a child is stored at its parent; the last node has no child.
@@ -148,6 +160,8 @@ class JacobiDrafter:
             # Unknown laws are uniform, which keeps them laws.
             self._laws_BRV = laws.new_zeros(num_rows, self._ring, self._vocab_size)
             self._guesses_BR = verdict.choices_BN.new_zeros(num_rows, self._ring)
+        if self._mender is not None:
+            self._mender.note(proposal.tokens_BN, scores.positions_BN)
         slot = (scores.positions_BN + 1) % self._ring
         pairs = zip(self._rows.host_tokens, outcome.new_units, strict=True)
         roots = [len(tokens) - len(new) - 1 for tokens, new in pairs]
