@@ -55,42 +55,39 @@ class Mender:
         rows = self._rows
         end = max(map(len, rows.host_tokens))
         tokens_BT = rows.tokens_BT[:, : end + guesses_BN.shape[1]].clone()
-        above_BT = self._above(tokens_BT.shape[1])
-        place_T = torch.arange(1, end + 1, device=tokens_BT.device, dtype=torch.int32)
-        pairs_BT = self._pairs(tokens_BT[:, :end], above_BT[:, :end])
-        pairs_BT = pairs_BT.masked_fill(place_T > rows.lengths_B[:, None], -1)
+        place_T = torch.arange(end, device=tokens_BT.device)
+        above_BT, above_BN = self._above(place_T), self._above(position_BN)
+        above_BT = above_BT.masked_fill(place_T >= rows.lengths_B[:, None], -1)
+        pairs_B1T = self._pairs(tokens_BT, place_T.expand_as(above_BT), above_BT)[:, None]
         fed_BN = self._fed_BR[self._row_B1, (position_BN - 1) % self._ring]
+        is_new_BN, can_be_BN = ~is_known_BN, above_BN >= 0
         mended_BN = guesses_BN
         for _ in range(SWEEPS):
             tokens_BT.scatter_(1, position_BN, mended_BN)
-            is_stale_BN = ~is_known_BN | (tokens_BT.gather(1, position_BN - 1) != fed_BN)
-            pair_BN = self._pairs(tokens_BT, above_BT).gather(1, position_BN)
-            # Places count from 1, so that 0 says that there is none.
-            found_BNT = (pair_BN[..., None] == pairs_BT[:, None]) & (pair_BN >= 0)[..., None]
-            place_BNT = found_BNT * place_T
+            is_stale_BN = is_new_BN | (tokens_BT.gather(1, position_BN - 1) != fed_BN)
+            pair_BN = self._pairs(tokens_BT, position_BN, above_BN)
+            # No pair stands at place 0, so that 0 says that there is none.
+            place_BNT = (pair_BN[..., None] == pairs_B1T) * place_T
             last_BN = place_BNT.amax(-1)
             before_BN = place_BNT.masked_fill_(place_BNT == last_BN[..., None], 0).amax(-1)
-            told_BN, told_before_BN = (
-                tokens_BT.gather(1, (place_BN - 1).clamp(min=0).long())
-                for place_BN in (last_BN, before_BN)
-            )
-            is_mended_BN = is_stale_BN & (before_BN > 0) & (told_BN == told_before_BN)
+            told_BN = tokens_BT.gather(1, last_BN)
+            is_sure_BN = (before_BN > 0) & (told_BN == tokens_BT.gather(1, before_BN))
+            is_mended_BN = is_stale_BN & can_be_BN & is_sure_BN
             mended_BN = torch.where(is_mended_BN, told_BN, guesses_BN)
         return mended_BN
 
-    def _above(self, length: int) -> Tensor:
-        """Position above each one, ``[B, length]``; -1 where there is none, or none on the left."""
+    def _above(self, position: Tensor) -> Tensor:
+        """Position above each one; -1 where there is none, or none on the left."""
         first_B1 = self._rows.prompt_lengths_B[:, None]
-        position_T = torch.arange(length, device=first_B1.device)
         back = self._stride
         if isinstance(back, Tensor):
-            back = back[(position_T - first_B1).clamp(0, len(back) - 1)]
-        above_BT = position_T - back
-        is_there = (above_BT >= first_B1) & (above_BT < position_T) & (position_T > first_B1)
-        return above_BT.masked_fill(~is_there, -1)
+            back = back[(position - first_B1).clamp(0, len(back) - 1)]
+        above = position - back
+        # A code that has one above it has one on the left, but where it has itself above.
+        return above.masked_fill((above < first_B1) | (above == position), -1)
 
-    def _pairs(self, tokens_BT: Tensor, above_BT: Tensor) -> Tensor:
+    def _pairs(self, tokens_BT: Tensor, position: Tensor, above: Tensor) -> Tensor:
         """The codes on the left and above as one number, at each position; -1 where not both."""
-        left_BT = tokens_BT.roll(1, 1)
-        pair_BT = left_BT * self._vocab_size + tokens_BT.gather(1, above_BT.clamp(min=0))
-        return pair_BT.masked_fill(above_BT < 0, -1)
+        left = tokens_BT.gather(1, (position - 1).clamp(min=0))
+        pair = left * self._vocab_size + tokens_BT.gather(1, above.clamp(min=0))
+        return pair.masked_fill(above < 0, -1)
