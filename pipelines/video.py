@@ -1,6 +1,7 @@
 """Text to video in blocks: a drafter writes them, a router judges them, the target redoes some."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -181,7 +182,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
             checked = check_prompts(self.target, prompt, options, request, num_rows)
             return self._encode(checked, request)
 
-        def watch(stream: VideoStream) -> tuple[tqdm, AfterStep]:
+        def watch(stream: VideoStream) -> AbstractContextManager[AfterStep]:
             return self._watch(
                 num_rows * len(layout.block_sizes),
                 request.callback_on_step_end,

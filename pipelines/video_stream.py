@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mmspec.adapters.block_video import Prompt, Sampler, VideoRow
 from mmspec.block_records import BlockProposal, BlockRecord, BlockScores, BlockVerdict
@@ -134,13 +134,13 @@ class VideoStream(Iterator[VideoBlock]):
     def __init__(
         self,
         parts: VideoParts,
-        watch: Callable[["VideoStream"], tuple[tqdm, AfterStep]],
+        watch: Callable[["VideoStream"], AbstractContextManager[AfterStep]],
     ) -> None:
         """Runs nothing.
 
         Args:
             parts: What it is made of.
-            watch: Makes the progress bar, and what is called after each step.
+            watch: Shows the progress until it ends; gives what is called after each step.
         """
         self._parts = parts
         self._steps = parts.engine.stream()
@@ -149,7 +149,8 @@ class VideoStream(Iterator[VideoBlock]):
         self._wall_time_s = 0.0
         self._first_block_s: float | None = None
         self._is_stopped = False
-        self._bar, self._after_step = watch(self)
+        self._open = ExitStack()
+        self._after_step = self._open.enter_context(watch(self))
 
     def __next__(self) -> VideoBlock:
         """Makes the next block.
@@ -171,13 +172,13 @@ class VideoStream(Iterator[VideoBlock]):
         if self._first_block_s is None:
             self._first_block_s = self._wall_time_s
         if self._parts.engine.target.is_done:
-            self._bar.close()
+            self._open.close()
         return block
 
     def cancel(self) -> None:
         """Ends the stream behind the last block that was made."""
         self._is_stopped = True
-        self._bar.close()
+        self._open.close()
 
     @property
     def is_complete(self) -> bool:
@@ -244,7 +245,8 @@ class VideoStream(Iterator[VideoBlock]):
 
     def output(self) -> VideoOutput:
         """Makes the blocks that are left, and joins all that this call made."""
-        blocks = [block.frames for block in self]
+        with self._open:
+            blocks = [block.frames for block in self]
         return VideoOutput(
             frames=_joined(blocks, self._parts.request.output_type),
             blocks=self.records,

@@ -215,6 +215,19 @@ def test_interrupting_from_outside_keeps_what_there_is(pipe):
     assert not call(pipe).interrupted
 
 
+def test_of_two_streams_the_later_one_is_interrupted(pipe):
+    options = {"prompt_embeds": embeds(), "output_type": "latent", **SIZE}
+    first, second = (pipe.stream(generator=seeded(), **options) for _ in range(2))
+    made = [next(first), next(second)]
+    pipe.interrupt()
+    assert [len(list(second)), second.is_complete] == [1, False]
+    made += list(first)
+    assert first.is_complete
+    assert torch.equal(
+        torch.cat([made[0].frames, *[b.frames for b in made[2:]]], dim=2), call(pipe).frames
+    )
+
+
 def test_noise_that_is_passed_in_serves_both_models(pipe):
     noise = torch.randn(1, 16, 4, 4, 4)
     target, drafter = (
