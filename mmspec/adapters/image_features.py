@@ -327,7 +327,7 @@ class FeatureCache:
 
     An item is found again wherever it stands and whatever stands beside it. Features belong to a
     model in its type, on its device, with its weights as they are; weights that are changed in
-    place behind torch's back (through ``.data``) ask for `clear`.
+    place behind torch's back (through ``.data``, or in inference mode) ask for `clear`.
 
     Attributes:
         max_bytes: Most bytes to keep; 0 keeps nothing.
