@@ -38,7 +38,7 @@ class VideoStats:
         judge_time_s: Seconds of the router, decoding for it included.
         target_time_s: Seconds of the target.
         decode_time_s: Seconds of the VAE, those for the router included.
-        first_block_s: Seconds until the first block was out, of those in all; None before it.
+        first_block_time_s: Seconds until the first block was out, of those in all; None before it.
         wall_time_s: Seconds in all, without those between two blocks of a stream.
         guarantee: What the router and the stitching promise.
         router: Name of the router.
@@ -56,7 +56,7 @@ class VideoStats:
     judge_time_s: float
     target_time_s: float
     decode_time_s: float
-    first_block_s: float | None
+    first_block_time_s: float | None
     wall_time_s: float
     guarantee: Guarantee
     router: str
@@ -147,7 +147,7 @@ class VideoStream(Iterator[VideoBlock]):
         self._processor = VideoProcessor()
         self._num_pictures = 0
         self._wall_time_s = 0.0
-        self._first_block_s: float | None = None
+        self._first_block_time_s: float | None = None
         self._is_stopped = False
         self._open = ExitStack()
         self._after_step = self._open.enter_context(watch(self))
@@ -169,8 +169,8 @@ class VideoStream(Iterator[VideoBlock]):
             self.cancel()
         block = self._block()
         self._wall_time_s += time.perf_counter() - started
-        if self._first_block_s is None:
-            self._first_block_s = self._wall_time_s
+        if self._first_block_time_s is None:
+            self._first_block_time_s = self._wall_time_s
         if self._parts.engine.target.is_done:
             self._open.close()
         return block
@@ -236,7 +236,7 @@ class VideoStream(Iterator[VideoBlock]):
             judge_time_s=sum(record.judge_time_s for record in records),
             target_time_s=sum(record.target_time_s for record in records),
             decode_time_s=sum(row.frames.decode_time_s for row in parts.rows),
-            first_block_s=self._first_block_s,
+            first_block_time_s=self._first_block_time_s,
             wall_time_s=self._wall_time_s,
             guarantee=stats.guarantee,
             router=parts.request.router.name,
