@@ -1,7 +1,6 @@
 """Text to video in blocks: a drafter writes them, a router judges them, the target redoes some."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -33,7 +32,7 @@ from mmspec.pipelines.video_request import (
     read_defaults,
     video_request,
 )
-from mmspec.pipelines.video_stream import AfterStep, VideoOutput, VideoParts, VideoStream
+from mmspec.pipelines.video_stream import Progress, VideoOutput, VideoParts, VideoStream
 from mmspec.records import StepRecord
 from mmspec.routers import LoadedScorers
 
@@ -182,7 +181,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
             checked = check_prompts(self.target, prompt, options, request, num_rows)
             return self._encode(checked, request)
 
-        def watch(stream: VideoStream) -> AbstractContextManager[AfterStep]:
+        def watch(stream: VideoStream) -> Progress:
             return self._watch(
                 num_rows * len(layout.block_sizes),
                 request.callback_on_step_end,

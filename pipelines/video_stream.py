@@ -19,7 +19,8 @@ from mmspec.pipelines.video_request import VideoRequest
 from mmspec.records import Guarantee, Outcome, StepRecord
 
 VideoEngine = Engine[BlockProposal, BlockScores, BlockVerdict]
-AfterStep = Callable[[StepRecord, Outcome], bool]
+#: Shows how far a stream is until it ends; gives what is called after each step.
+Progress = AbstractContextManager[Callable[[StepRecord, Outcome], bool]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,13 +135,13 @@ class VideoStream(Iterator[VideoBlock]):
     def __init__(
         self,
         parts: VideoParts,
-        watch: Callable[["VideoStream"], AbstractContextManager[AfterStep]],
+        watch: Callable[["VideoStream"], Progress],
     ) -> None:
         """Runs nothing.
 
         Args:
             parts: What it is made of.
-            watch: Shows the progress until it ends; gives what is called after each step.
+            watch: Makes the progress to show.
         """
         self._parts = parts
         self._steps = parts.engine.stream()
