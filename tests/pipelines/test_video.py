@@ -228,6 +228,16 @@ def test_of_two_streams_the_later_one_is_interrupted(pipe):
     )
 
 
+def test_a_stream_that_is_left_behind_is_not_interrupted_for_a_call(pipe):
+    def press(caller, index, details):
+        next(caller.stream(prompt_embeds=embeds(), output_type="latent", **SIZE))
+        gc.collect()
+        caller.interrupt()
+
+    out = call(pipe, callback_on_step_end=press)
+    assert (out.interrupted, out.stats.num_blocks) == (True, 1)
+
+
 def test_noise_that_is_passed_in_serves_both_models(pipe):
     noise = torch.randn(1, 16, 4, 4, 4)
     target, drafter = (
