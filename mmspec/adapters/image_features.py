@@ -167,7 +167,8 @@ class VisualItem:
 
     Attributes:
         modality: "image" or "video".
-        inputs: Arguments of the model's ``get_image_features`` or ``get_video_features``.
+        inputs: Arguments of the model's ``get_image_features`` or ``get_video_features``, or of its
+            encoder where that reads images alone.
         num_tokens: Placeholders that it takes.
         digest: Hash of the inputs and of whatever else places its tokens.
     """
