@@ -390,7 +390,11 @@ def encode(model: Any, items: Sequence[VisualItem], cache: FeatureCache) -> dict
 
 def _encoded(model: Any, item: VisualItem) -> Features:
     device = text_device(model)
-    inputs = {name: values.to(device) for name, values in item.inputs.items()}
+    inputs = {
+        # A drafter may be of another type than the target, for which pixels were made.
+        name: values.to(device, model.dtype if values.is_floating_point() else None)
+        for name, values in item.inputs.items()
+    }
     if model.config.model_type == "vision-encoder-decoder":
         states = model.encoder(**inputs, return_dict=True).last_hidden_state
         return Features.of(BaseModelOutputWithPooling(pooler_output=states))

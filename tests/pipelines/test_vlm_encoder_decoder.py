@@ -208,12 +208,15 @@ def test_an_encoder_sees_a_picture_once(name):
     assert len(fresh.image_cache) == 0
 
 
-def test_an_encoder_of_a_drafter_sees_a_picture_once():
-    pipe = make_pipe("donut")
-    small = another(pipe.model)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["donut", "florence2"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_an_encoder_of_a_drafter_sees_a_picture_once(name, dtype):
+    pipe = make_pipe(name)
+    small = another(pipe.model).to(dtype)
     fresh, runs = make_fresh(pipe), TowerRuns(small)
     for shown, num_new in zip(CALLS, NUM_NEW, strict=True):
-        prompts = [PROMPTS["donut"][index] for index in shown]
+        prompts = [PROMPTS[name][index] for index in shown]
         asked = {"images": [[PICTURES[index]] for index in shown], "max_new_tokens": 8}
         before = runs.count
         out = pipe(prompts, drafter=small, **asked)
