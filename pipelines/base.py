@@ -2,7 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ class SpeculativePipeline:
         """Keeps the model; in evaluation mode from here on."""
         self.model: Any = model.eval()
         self._progress_bar_config: dict[str, Any] = {}
-        self._interrupt = False
+        self._calls: list[Event] = []
         self._unknown_words: set[str] = set()
 
     @property
@@ -57,8 +59,24 @@ class SpeculativePipeline:
         self._progress_bar_config = kwargs
 
     def interrupt(self) -> None:
-        """Stops the running call after its current step; it returns what it has."""
-        self._interrupt = True
+        """Stops the running call after its current step; it returns what it has.
+
+        Where calls run within one another, as from a callback, or beside one another, that is the
+        one that began last; the others go on. A stream runs until it has ended or is cancelled.
+        Does nothing where no call runs.
+        """
+        for interrupted in self._calls[-1:]:
+            interrupted.set()
+
+    @contextmanager
+    def _running(self) -> Iterator[Event]:
+        """A call; gives what is set when it is to stop."""
+        interrupted = Event()
+        self._calls.append(interrupted)
+        try:
+            yield interrupted
+        finally:
+            self._calls.remove(interrupted)
 
     def _warn_of_unknown_words(self, processor: Any, texts: Iterable[str]) -> None:
         """Names words that the model cannot tell apart, each once for a pipeline.
@@ -80,6 +98,7 @@ class SpeculativePipeline:
                 tokenizer.name_or_path or "get_vocab()",
             )
 
+    @contextmanager
     def _watch(
         self,
         total: int,
@@ -89,8 +108,8 @@ class SpeculativePipeline:
         more: Mapping[str, Any] | None = None,
         unit: str = "tok",
         mover: Mover | None = None,
-    ) -> tuple[tqdm, Callable[[StepRecord, Outcome], bool]]:
-        """A progress bar in units, and the engine callback that moves it.
+    ) -> Iterator[Callable[[StepRecord, Outcome], bool]]:
+        """A running call with a progress bar in units; gives the engine callback that moves it.
 
         Args:
             total: Units of a whole run.
@@ -100,20 +119,20 @@ class SpeculativePipeline:
             unit: Name of a unit on the bar.
             mover: Makes of the bar what moves it; None is `token_mover`.
         """
-        self._interrupt = False
         config = {"unit": unit, "leave": False} | self._progress_bar_config
-        bar = tqdm(total=total, **(config | {"disable": True} if is_quiet else config))
-        move = (mover or token_mover)(bar)
+        config |= {"disable": True} if is_quiet else {}
+        with self._running() as interrupted, tqdm(total=total, **config) as bar:
+            move = (mover or token_mover)(bar)
 
-        def after_step(record: StepRecord, outcome: Outcome) -> bool:
-            move(record)
-            stop = False
-            if on_step_end is not None:
-                details = {"record": record, "outcome": outcome, **(more or {})}
-                stop = bool(on_step_end(self, record.index, details))
-            return stop or self._interrupt
+            def after_step(record: StepRecord, outcome: Outcome) -> bool:
+                move(record)
+                stop = False
+                if on_step_end is not None:
+                    details = {"record": record, "outcome": outcome, **(more or {})}
+                    stop = bool(on_step_end(self, record.index, details))
+                return stop or interrupted.is_set()
 
-        return bar, after_step
+            yield after_step
 
 
 def token_mover(bar: tqdm) -> Callable[[StepRecord], None]:

@@ -134,7 +134,7 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         self.reader.set_progress_bar_config(**kwargs)
 
     def interrupt(self) -> None:
-        """Stops the running call after its current step; it returns what it has."""
+        """Stops the running call, as in all pipelines, and what the reader is writing for it."""
         super().interrupt()
         self.reader.interrupt()
 
@@ -257,29 +257,29 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         memory = self.store if store else None
         outputs: list[WrittenOutput] = []
         read: list[Page] = []
-        self._interrupt = False
-        try:
-            if is_guided:
-                read = self._begin_reading(work, ocr, ocr_workers)
-            for batch, generator in zip(batches, seeds, strict=True):
-                if regions and is_guided:
-                    self._read_regions(batch, drafter, prompt, options)
-                if self._interrupt:
-                    break
-                spec = drafter
+        with self._running() as interrupted:
+            try:
                 if is_guided:
-                    spec = _guided(drafter, batch, self.tokenizer, memory, ocr_wait)
-                images = [page.image for page in batch]
-                outputs.append(
-                    self._ask(images, prompt, drafter=spec, generator=generator, **options)
-                )
-                for page in batch:
+                    read = self._begin_reading(work, ocr, ocr_workers)
+                for batch, generator in zip(batches, seeds, strict=True):
+                    if regions and is_guided:
+                        self._read_regions(batch, drafter, prompt, options)
+                    if interrupted.is_set():
+                        break
+                    spec = drafter
+                    if is_guided:
+                        spec = _guided(drafter, batch, self.tokenizer, memory, ocr_wait)
+                    images = [page.image for page in batch]
+                    outputs.append(
+                        self._ask(images, prompt, drafter=spec, generator=generator, **options)
+                    )
+                    for page in batch:
+                        page.close()
+                    if outputs[-1].interrupted:
+                        break
+            finally:
+                for page in read:
                     page.close()
-                if outputs[-1].interrupted:
-                    break
-        finally:
-            for page in read:
-                page.close()
         return gathered(work, outputs, time.perf_counter() - started, len(batches))
 
     def _ask(self, images: list[Image.Image], prompt: str | None, **options: Any) -> WrittenOutput:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mmspec.adapters import encoder_decoder, vision_language
+from mmspec.adapters import encoder_decoder
+from mmspec.adapters.image_features import FeatureCache
 from mmspec.checks import require
 from mmspec.forward import text_device
 from mmspec.pipelines.vlm_inputs import images_by_request, opened
@@ -11,7 +12,7 @@ from mmspec.pipelines.writing import Prompt
 
 
 def read_encoded(
-    model: Any, processor: Any, requests: Sequence[Prompt], images: Any
+    model: Any, processor: Any, requests: Sequence[Prompt], images: Any, cache: FeatureCache
 ) -> tuple[list[list[int]], dict[str, Any], dict[str, Any]]:
     """Runs the encoder over texts with an image each.
 
@@ -20,6 +21,7 @@ def read_encoded(
         processor: Its processor.
         requests: The prompts; the text is the encoder's where that reads any, else the decoder's.
         images: As `SpeculativeVLMPipeline` takes them.
+        cache: What was made of images in earlier calls.
 
     Returns:
         The decoder's prompts, what `generate` would pass on, and the processor's inputs.
@@ -48,5 +50,5 @@ def read_encoded(
         ids = processor.tokenizer(list(requests), add_special_tokens=False)["input_ids"]
         encoded = processor.image_processor(shown, return_tensors="pt")
     inputs = dict(encoded.to(text_device(model), model.dtype))
-    prepared = vision_language.prepare(model, inputs)
+    prepared = encoder_decoder.prepare_by_item(model, inputs, cache)
     return encoder_decoder.decoder_prompts(model, prepared, ids), prepared, inputs

@@ -289,18 +289,18 @@ class SpeculativeImagePipeline(SpeculativePipeline):
             make_drafter=drafter,
         )
         preview = functools.partial(self._preview, engine.ledger, layout, {})
-        bar, after_step = self._watch(
+        watch = self._watch(
             len(pairs) * layout.num_tokens, callback_on_step_end, more={"preview": preview}
         )
+        with watch as after_step:
 
-        def after(record: StepRecord, outcome: Outcome) -> bool:
-            if callback_on_image_end is not None:
-                for index in outcome.ended:
-                    image = engine.ledger.generation(requests=[index])
-                    callback_on_image_end(self, index, self._output(image, layout, output_type))
-            return after_step(record, outcome)
+            def after(record: StepRecord, outcome: Outcome) -> bool:
+                if callback_on_image_end is not None:
+                    for index in outcome.ended:
+                        image = engine.ledger.generation(requests=[index])
+                        callback_on_image_end(self, index, self._output(image, layout, output_type))
+                return after_step(record, outcome)
 
-        with bar:
             result = engine.run(after)
         if callback_on_image_end is not None:
             output_type = "tokens"

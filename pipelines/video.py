@@ -32,7 +32,7 @@ from mmspec.pipelines.video_request import (
     read_defaults,
     video_request,
 )
-from mmspec.pipelines.video_stream import AfterStep, VideoOutput, VideoParts, VideoStream
+from mmspec.pipelines.video_stream import Progress, VideoOutput, VideoParts, VideoStream
 from mmspec.records import StepRecord
 from mmspec.routers import LoadedScorers
 
@@ -181,7 +181,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
             checked = check_prompts(self.target, prompt, options, request, num_rows)
             return self._encode(checked, request)
 
-        def watch(stream: VideoStream) -> tuple[tqdm, AfterStep]:
+        def watch(stream: VideoStream) -> Progress:
             return self._watch(
                 num_rows * len(layout.block_sizes),
                 request.callback_on_step_end,

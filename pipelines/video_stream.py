@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mmspec.adapters.block_video import Prompt, Sampler, VideoRow
 from mmspec.block_records import BlockProposal, BlockRecord, BlockScores, BlockVerdict
@@ -19,7 +19,8 @@ from mmspec.pipelines.video_request import VideoRequest
 from mmspec.records import Guarantee, Outcome, StepRecord
 
 VideoEngine = Engine[BlockProposal, BlockScores, BlockVerdict]
-AfterStep = Callable[[StepRecord, Outcome], bool]
+#: Shows how far a stream is until it ends; gives what is called after each step.
+Progress = AbstractContextManager[Callable[[StepRecord, Outcome], bool]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class VideoStats:
         judge_time_s: Seconds of the router, decoding for it included.
         target_time_s: Seconds of the target.
         decode_time_s: Seconds of the VAE, those for the router included.
-        first_block_s: Seconds until the first block was out, of those in all; None before it.
+        first_block_time_s: Seconds until the first block was out, of those in all; None before it.
         wall_time_s: Seconds in all, without those between two blocks of a stream.
         guarantee: What the router and the stitching promise.
         router: Name of the router.
@@ -56,7 +57,7 @@ class VideoStats:
     judge_time_s: float
     target_time_s: float
     decode_time_s: float
-    first_block_s: float | None
+    first_block_time_s: float | None
     wall_time_s: float
     guarantee: Guarantee
     router: str
@@ -134,22 +135,23 @@ class VideoStream(Iterator[VideoBlock]):
     def __init__(
         self,
         parts: VideoParts,
-        watch: Callable[["VideoStream"], tuple[tqdm, AfterStep]],
+        watch: Callable[["VideoStream"], Progress],
     ) -> None:
         """Runs nothing.
 
         Args:
             parts: What it is made of.
-            watch: Makes the progress bar, and what is called after each step.
+            watch: Makes the progress to show.
         """
         self._parts = parts
         self._steps = parts.engine.stream()
         self._processor = VideoProcessor()
         self._num_pictures = 0
         self._wall_time_s = 0.0
-        self._first_block_s: float | None = None
+        self._first_block_time_s: float | None = None
         self._is_stopped = False
-        self._bar, self._after_step = watch(self)
+        self._open = ExitStack()
+        self._after_step = self._open.enter_context(watch(self))
 
     def __next__(self) -> VideoBlock:
         """Makes the next block.
@@ -168,16 +170,16 @@ class VideoStream(Iterator[VideoBlock]):
             self.cancel()
         block = self._block()
         self._wall_time_s += time.perf_counter() - started
-        if self._first_block_s is None:
-            self._first_block_s = self._wall_time_s
+        if self._first_block_time_s is None:
+            self._first_block_time_s = self._wall_time_s
         if self._parts.engine.target.is_done:
-            self._bar.close()
+            self._open.close()
         return block
 
     def cancel(self) -> None:
         """Ends the stream behind the last block that was made."""
         self._is_stopped = True
-        self._bar.close()
+        self._open.close()
 
     @property
     def is_complete(self) -> bool:
@@ -235,7 +237,7 @@ class VideoStream(Iterator[VideoBlock]):
             judge_time_s=sum(record.judge_time_s for record in records),
             target_time_s=sum(record.target_time_s for record in records),
             decode_time_s=sum(row.frames.decode_time_s for row in parts.rows),
-            first_block_s=self._first_block_s,
+            first_block_time_s=self._first_block_time_s,
             wall_time_s=self._wall_time_s,
             guarantee=stats.guarantee,
             router=parts.request.router.name,
@@ -244,7 +246,8 @@ class VideoStream(Iterator[VideoBlock]):
 
     def output(self) -> VideoOutput:
         """Makes the blocks that are left, and joins all that this call made."""
-        blocks = [block.frames for block in self]
+        with self._open:
+            blocks = [block.frames for block in self]
         return VideoOutput(
             frames=_joined(blocks, self._parts.request.output_type),
             blocks=self.records,

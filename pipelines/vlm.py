@@ -37,7 +37,8 @@ class SpeculativeVLMPipeline(WritingPipeline):
         tokenizer: The processor's tokenizer.
         drafter: Used where a call names none.
         schedule: As in `mmspec.speculation.Settings`.
-        image_cache: Features of the images and videos of earlier calls.
+        image_cache: What vision towers, a drafter's included, made of images and videos in
+            earlier calls.
         store: Texts that calls with ``drafter={"name": "ngram", "memory": pipe.store}`` draft from
             and add to.
 
@@ -228,9 +229,13 @@ class SpeculativeVLMPipeline(WritingPipeline):
         }
         for option, value in refused.items():
             require(value is None, f"{option} of {name}", "None for an encoder-decoder", value)
-        prompts, prepared, inputs = read_encoded(self.model, self.processor, requests, images)
+        prompts, prepared, inputs = read_encoded(
+            self.model, self.processor, requests, images, self.image_cache
+        )
         rows = self._rows(plan, prompts)
-        extras = encoder_decoder.extras_in_generate(self.model, rows, prepared, None, inputs)
+        extras = encoder_decoder.extras_in_generate(
+            self.model, rows, prepared, None, inputs, self.image_cache
+        )
         engine = build_engine(self.model, rows, plan.law, plan.settings, extras=extras)
         return TurnOutput(**self._write(plan, engine, rows), cache=None)
 

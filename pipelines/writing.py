@@ -174,12 +174,11 @@ class WritingPipeline(SpeculativePipeline):
     def _write(self, plan: Plan, engine: Engine, rows: TokenRows) -> dict[str, Any]:
         """Runs the engine; returns the fields of a `WrittenOutput`."""
         streamer = plan.options.streamer
-        bar, after_step = self._watch(
+        with self._watch(
             plan.options.max_new_tokens * rows.num_rows,
             plan.options.callback_on_step_end,
             is_quiet=streamer is not None,
-        )
-        with bar:
+        ) as after_step:
             result = engine.run(_streaming(after_step, streamer, rows))
         if streamer is not None:
             streamer.end()

@@ -74,11 +74,7 @@ def has_two_captions(out):
 
 def without_seconds(value):
     if isinstance(value, dict):
-        return {
-            k: without_seconds(v)
-            for k, v in value.items()
-            if not k.endswith(("_time_s", "first_block_s"))
-        }
+        return {k: without_seconds(v) for k, v in value.items() if not k.endswith("_time_s")}
     return list(map(without_seconds, value)) if isinstance(value, list) else value
 
 

@@ -19,11 +19,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
 from mmspec.adapters.causal_lm import check_fits
 from mmspec.adapters.cross_cache import EncoderSlotCache
+from mmspec.adapters.image_features import FeatureCache, encode, split
 from mmspec.adapters.vision_language import prepare
 from mmspec.forward import PromptExtras
 from mmspec.rows import TokenRows
@@ -280,6 +281,7 @@ def extras_in_generate(
     inputs: Mapping[str, Any],
     is_token_BP: Tensor | None,
     given: Mapping[str, Any],
+    cache: FeatureCache | None = None,
 ) -> EncodedPrompts:
     """What the encoder said to the rows of a request.
 
@@ -291,6 +293,7 @@ def extras_in_generate(
             not seen them. transformers counts all columns as positions, and so do rows with
             padding here.
         given: What `generate` was given.
+        cache: What other models' encoders made of images in earlier calls; None has them run.
 
     Raises:
         ValueError: If a row does not fit the decoder's context.
@@ -316,7 +319,8 @@ def extras_in_generate(
 
     def encode(other: Any) -> EncodedPrompts:
         _check_reads_the_same(other, model, read)
-        return extras_in_generate(other, rows, prepare(other, read), is_token_BP, given)
+        theirs = prepare(other, read) if cache is None else prepare_by_item(other, read, cache)
+        return extras_in_generate(other, rows, theirs, is_token_BP, given)
 
     def seen_by(
         other: Any, sights: Sequence[Any], forward: Any
@@ -334,6 +338,32 @@ def extras_in_generate(
         texts=_texts(model, read),
         encode=encode,
     )
+
+
+def prepare_by_item(model: Any, given: Mapping[str, Any], cache: FeatureCache) -> dict[str, Any]:
+    """What `generate` makes of an encoder's inputs; images that are not known are read alone.
+
+    Where an encoder reads text as well, the features of its vision tower are kept, otherwise all
+    that it says.
+
+    Args:
+        model: The loaded model.
+        given: What its encoder reads.
+        cache: Features of earlier calls.
+
+    Raises:
+        ValueError: If the images do not fill the placeholders of the texts.
+    """
+    if "pixel_values" not in given:
+        return prepare(model, given)
+    reads_text = FAMILIES[model.config.model_type].reads_text
+    tokens = {"image": int(model.config.image_token_id)} if reads_text else {}
+    features = encode(model, split(model, given, tokens), cache)["image"].whole()
+    rest = {name: value for name, value in given.items() if name != "pixel_values"}
+    if reads_text:
+        return prepare(model, rest, encoded={"mm_encoder_outputs": {"image": features}})
+    states = BaseModelOutput(last_hidden_state=features.pooler_output)
+    return prepare(model, rest, encoded={"encoder_outputs": states})
 
 
 def decoder_prompts(

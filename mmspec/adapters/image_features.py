@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmspec.checks import is_integer, require
 from mmspec.forward import text_device
@@ -30,7 +32,8 @@ DEFAULT_CACHE_BYTES = 256 * 2**20
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 _numbers = itertools.count()
-_MODEL_NUMBERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+#: Model -> where its weights lie, and a number that no other model or place has had.
+_MODELS: WeakKeyDictionary[Any, tuple[tuple[StorageWeakRef, ...], int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,8 @@ class VisualItem:
 
     Attributes:
         modality: "image" or "video".
-        inputs: Arguments of the model's ``get_image_features`` or ``get_video_features``.
+        inputs: Arguments of the model's ``get_image_features`` or ``get_video_features``, or of its
+            encoder where that reads images alone.
         num_tokens: Placeholders that it takes.
         digest: Hash of the inputs and of whatever else places its tokens.
     """
@@ -181,7 +185,7 @@ def split(model: Any, inputs: Mapping[str, Any], tokens: Mapping[str, int]) -> l
     Args:
         model: The model.
         inputs: What its processor returned.
-        tokens: The placeholder of each modality.
+        tokens: The placeholder of each modality; none where images are read in no token's place.
 
     Returns:
         The images in the order of their placeholders, then the videos.
@@ -190,13 +194,15 @@ def split(model: Any, inputs: Mapping[str, Any], tokens: Mapping[str, int]) -> l
         ValueError: If they do not fill the placeholders.
     """
     items = []
-    is_token_BP = inputs["attention_mask"].bool()
     seconds = inputs.get("second_per_grid_ts")
     for modality, name in PIXELS.items():
         if inputs.get(name) is None:
             continue
         pieces = _SPLITTERS.get(model.config.model_type, _by_index)(model, modality, inputs)
-        num_tokens = int(((inputs["input_ids"] == tokens[modality]) & is_token_BP).sum())
+        num_tokens = 0
+        if modality in tokens:
+            is_token_BP = inputs["attention_mask"].bool()
+            num_tokens = int(((inputs["input_ids"] == tokens[modality]) & is_token_BP).sum())
         for index, (own, count) in enumerate(pieces):
             # The time between frames moves the positions of a video's tokens.
             apart = () if modality == "image" or seconds is None else (float(seconds[index]),)
@@ -321,8 +327,8 @@ class FeatureCache:
     """Features of images and videos by their content, least recently used ones dropped first.
 
     An item is found again wherever it stands and whatever stands beside it. Features belong to a
-    model in its type, on its device, with its weights as they are; weights that are changed behind
-    torch's back (through ``.data``) ask for `clear`.
+    model in its type, on its device, with its weights as they are; weights that are changed in
+    place behind torch's back (through ``.data``, or in inference mode) ask for `clear`.
 
     Attributes:
         max_bytes: Most bytes to keep; 0 keeps nothing.
@@ -352,9 +358,13 @@ class FeatureCache:
         self._kept.clear()
         self.size_bytes = 0
 
-    def features(self, model: Any, item: VisualItem) -> Features:
-        """Features of an item, from the tower if they are not here."""
-        key = (*_identity(model), item.digest)
+    def features(self, model: Any, items: Sequence[VisualItem]) -> list[Features]:
+        """Features of items, from the tower if they are not here."""
+        identity = _identity(model)
+        return [self._features(model, identity, item) for item in items]
+
+    def _features(self, model: Any, identity: tuple[object, ...], item: VisualItem) -> Features:
+        key = (*identity, item.digest)
         found = self._kept.get(key)
         if found is not None:
             self.num_hits += 1
@@ -373,25 +383,36 @@ class FeatureCache:
 def encode(model: Any, items: Sequence[VisualItem], cache: FeatureCache) -> dict[str, Features]:
     """Features of items, by modality, in their order."""
     made: dict[str, list[Features]] = {}
-    for item in items:
-        made.setdefault(item.modality, []).append(cache.features(model, item))
+    for item, features in zip(items, cache.features(model, items), strict=True):
+        made.setdefault(item.modality, []).append(features)
     return {modality: Features.joined(parts) for modality, parts in made.items()}
 
 
 def _encoded(model: Any, item: VisualItem) -> Features:
-    encoder = getattr(model.base_model, f"get_{item.modality}_features")
     device = text_device(model)
-    inputs = {name: values.to(device) for name, values in item.inputs.items()}
+    inputs = {
+        # A drafter may be of another type than the target, for which pixels were made.
+        name: values.to(device, model.dtype if values.is_floating_point() else None)
+        for name, values in item.inputs.items()
+    }
+    if model.config.model_type == "vision-encoder-decoder":
+        states = model.encoder(**inputs, return_dict=True).last_hidden_state
+        return Features.of(BaseModelOutputWithPooling(pooler_output=states))
+    encoder = getattr(model.base_model, f"get_{item.modality}_features")
     return Features.of(encoder(**inputs, return_dict=True))
 
 
 def _identity(model: Any) -> tuple[object, ...]:
     """What tells a model and its present weights from others."""
-    if model not in _MODEL_NUMBERS:
-        _MODEL_NUMBERS[model] = next(_numbers)
+    weights = list(model.parameters())
+    # A cast gives a parameter other memory, and as long as a weak reference is held no other
+    # storage is taken for the old one. Offloaded weights have no memory between two forwards.
+    places = tuple(StorageWeakRef(one.untyped_storage()) for one in weights if not one.is_meta)
+    if model not in _MODELS or _MODELS[model][0] != places:
+        _MODELS[model] = places, next(_numbers)
     # Every change in place counts up the version of a tensor; those of inference mode have none.
-    versions = sum(0 if one.is_inference() else one._version for one in model.parameters())
-    return _MODEL_NUMBERS[model], model.dtype, model.device, versions
+    versions = sum(0 if one.is_inference() else one._version for one in weights)
+    return _MODELS[model][1], model.dtype, model.device, versions
 
 
 def _flat(features: Any) -> Tensor:

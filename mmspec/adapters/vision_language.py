@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmspec.adapters.image_features import PIXELS, Features, cutter
+from mmspec.adapters.image_features import (
+    PIXELS,
+    FeatureCache,
+    Features,
+    VisualItem,
+    cutter,
+    encode,
+    split,
+)
 from mmspec.adapters.visual_tokens import PromptImages
 from mmspec.forward import PromptExtras
 from mmspec.rows import TokenRows
@@ -125,6 +133,7 @@ def extras_of(
     given: Mapping[str, Any],
     *,
     num_cached: Sequence[int],
+    cache: FeatureCache | None = None,
 ) -> PromptExtras:
     """What the prompts of a request have besides token ids.
 
@@ -137,6 +146,7 @@ def extras_of(
         is_token_BP: Which columns of the prompts are tokens.
         given: What the model's processor made of the prompts.
         num_cached: Tokens of each row in the cache.
+        cache: What other models' towers made in earlier calls; None has them run.
 
     Raises:
         ValueError: As in `extras_in_generate`.
@@ -166,12 +176,7 @@ def extras_of(
             )
         # Nothing to read: what is refused is refused before the other tower runs.
         extras_in_generate(other, rows, {}, is_token_BP, {})
-
-        def read() -> PromptExtras:
-            theirs = prepare(other, given, num_rows=rows.num_rows)
-            return extras_in_generate(other, rows, theirs, is_token_BP, given)
-
-        return read
+        return functools.partial(_extras_of_drafter, other, rows, is_token_BP, given, cache)
 
     whole: dict[str, Any] = {}
     if features:
@@ -199,6 +204,56 @@ def extras_of(
         has_pictures=is_shown,
     )
     return replace(extras, seen_by=images.seen_by)
+
+
+def _extras_of_drafter(
+    model: Any,
+    rows: TokenRows,
+    is_token_BP: Tensor,
+    given: Mapping[str, Any],
+    cache: FeatureCache | None,
+) -> PromptExtras:
+    """What a model that is not the target makes of the whole prompts."""
+    if cache is not None:
+        modalities = [kind for kind, name in PIXELS.items() if given.get(name) is not None]
+        items = split(model, given, placeholder_tokens(model, modalities))
+        return extras_by_item(model, rows, given, items, cache, [0] * rows.num_rows)
+    prepared = prepare(model, given, num_rows=rows.num_rows)
+    return extras_in_generate(model, rows, prepared, is_token_BP, given)
+
+
+def extras_by_item(
+    model: Any,
+    rows: TokenRows,
+    given: Mapping[str, Any],
+    items: Sequence[VisualItem],
+    cache: FeatureCache,
+    num_cached: Sequence[int],
+) -> PromptExtras:
+    """What prompts have besides token ids; images that are not known go through the tower alone.
+
+    Args:
+        model: The loaded model.
+        rows: The rows of the request, one for each prompt.
+        given: What a processor made of the prompts.
+        items: The images and videos of what is not cached.
+        cache: Features of earlier calls.
+        num_cached: Tokens of each row that need not be read.
+
+    Raises:
+        ValueError: As in `extras_in_generate`.
+    """
+    blind = {name: value for name, value in given.items() if name not in PIXELS.values()}
+    return extras_of(
+        model,
+        rows,
+        encode(model, items, cache),
+        prepare(model, blind),
+        given["attention_mask"].bool(),
+        given,
+        num_cached=num_cached,
+        cache=cache,
+    )
 
 
 def check_layers(model: Any) -> None:
@@ -229,13 +284,20 @@ def placeholder_tokens(model: Any, modalities: Collection[str]) -> dict[str, int
     return {modality: int(getattr(model.config, names[modality])) for modality in modalities}
 
 
-def prepare(model: Any, given: Mapping[str, Any], *, num_rows: int | None = None) -> dict[str, Any]:
+def prepare(
+    model: Any,
+    given: Mapping[str, Any],
+    *,
+    num_rows: int | None = None,
+    encoded: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What `generate` makes of its inputs before its first forward: features, positions, a mask.
 
     Args:
         model: The model.
         given: Arguments of `generate`; those that are no inputs of the model are left out.
         num_rows: Rows that the prompts are repeated to; None is as many as there are.
+        encoded: What its encoders make of inputs that are not given, as `generate` names it.
 
     Returns:
         What `generate` would pass on, with ``input_ids``.
@@ -261,6 +323,7 @@ def prepare(model: Any, given: Mapping[str, Any], *, num_rows: int | None = None
     copies = 1 if num_rows is None else num_rows // len(wanted["input_ids"])
     model.generate(
         **wanted,
+        **(encoded or {}),
         custom_generate=take,
         max_new_tokens=1,
         do_sample=True,

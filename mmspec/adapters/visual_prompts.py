@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from mmspec.adapters.causal_lm import check_fits, prompt_parts
-from mmspec.adapters.image_features import PIXELS, FeatureCache, VisualItem, encode, split
+from mmspec.adapters.image_features import PIXELS, FeatureCache, VisualItem, split
 from mmspec.adapters.vision_language import (
     FAMILIES,
     check_layers,
+    extras_by_item,
     extras_of,
     placeholder_tokens,
     prepare,
@@ -115,7 +116,8 @@ class VisualPrompts:
         """
         check_fits(model, rows)
         if chunk_size is not None:
-            given, blind = self._given(model)
+            given = self._given(model)
+            blind = {k: value for k, value in given.items() if k not in PIXELS.values()}
             is_token_BP = given["attention_mask"].bool()
             prepared = prepare(model, blind)
             extras = extras_of(model, rows, {}, prepared, is_token_BP, given, num_cached=num_cached)
@@ -130,34 +132,24 @@ class VisualPrompts:
         Args:
             model: The model.
             rows: The rows of the prompts.
-            cache: Features of earlier calls.
+            cache: Features of earlier calls, those of a drafter's own tower included.
             num_cached: Tokens of each row that need not be read.
 
         Raises:
             ValueError: As in `mmspec.adapters.vision_language.extras_in_generate`.
         """
-        given, blind = self._given(model)
         new = [
             place.item
             for own, count in zip(self.places, num_cached, strict=True)
             for place in own
             if place.first >= count
         ]
-        return extras_of(
-            model,
-            rows,
-            encode(model, new, cache),
-            prepare(model, blind),
-            given["attention_mask"].bool(),
-            given,
-            num_cached=num_cached,
-        )
+        return extras_by_item(model, rows, self._given(model), new, cache, num_cached)
 
-    def _given(self, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The inputs on the model's device, and the same without pixels."""
+    def _given(self, model: Any) -> dict[str, Any]:
+        """The inputs on the model's device."""
         device = text_device(model)
-        given = {
+        return {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in self.inputs.items()
         }
-        return given, {k: value for k, value in given.items() if k not in PIXELS.values()}

@@ -336,7 +336,7 @@ def _timed(videos: Videos, pipe: SpeculativeVideoPipeline, setup: Setup, index: 
         return {
             "time_s": time_s,
             # What is not done in blocks is done before the first.
-            "first_s": time_s - stats.wall_time_s + (stats.first_block_s or 0.0),
+            "first_s": time_s - stats.wall_time_s + (stats.first_block_time_s or 0.0),
             "phases_s": phases | {"rest": time_s - sum(phases.values())},
             "forward_s": {
                 name: whole * sum(seconds) / len(seconds) if seconds else None

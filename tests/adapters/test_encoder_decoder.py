@@ -30,7 +30,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import mmspec
 from mmspec import forward
 from mmspec.adapters import encoder_decoder
-from mmspec.adapters.encoder_decoder import decoder_of
+from mmspec.adapters.encoder_decoder import decoder_of, prepare_by_item
+from mmspec.adapters.image_features import FeatureCache
+from mmspec.adapters.vision_language import prepare
 from mmspec.drafters.suffix import SuffixAutomaton
 from mmspec.drafters.trie import NgramTrie
 from mmspec.forward import check_supported
@@ -444,3 +446,23 @@ def test_the_cache_that_comes_back_is_that_of_generate():
             mask = is_token if half == halves[0] else torch.ones(1, dtype=torch.bool)
             for a, b in ((our.keys, their.keys), (our.values, their.values)):
                 torch.testing.assert_close(a * mask, b * mask, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["donut", "florence2", "nougat", "vit"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_what_an_encoder_says_is_bitwise_that_of_no_cache(name, num_rows):
+    model, inputs = made(name), request(name, TEXTS[:num_rows])
+    # The last picture is the first one again.
+    inputs["pixel_values"][-1] = inputs["pixel_values"][0]
+    cache = FeatureCache()
+    with torch.no_grad():
+        cold, kept, plain = (
+            prepare_by_item(model, inputs, one)["encoder_outputs"][0]
+            for one in (cache, cache, FeatureCache(0))
+        )
+        batch = prepare(model, inputs)["encoder_outputs"][0]
+    assert torch.equal(cold, plain)
+    assert torch.equal(kept, plain)
+    assert cache.num_misses == min(num_rows, 2)
+    assert cache.num_hits == 2 * num_rows - cache.num_misses
+    torch.testing.assert_close(plain, batch, rtol=1e-12, atol=1e-12)

@@ -90,3 +90,31 @@ def test_images_that_do_not_fill_their_places_are_refused():
     inputs["input_ids"][inputs["input_ids"] == 7] = IMAGE
     with pytest.raises(ValueError, match="17 image tokens, and the images given fill 16"):
         VisualPrompts.of(model, inputs, prompts_of(inputs))
+
+
+def cast_and_back(model):
+    model.float().double()
+
+
+def replaced(model):
+    state = {name: value * 1.01 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def changed_in_place(model):
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+
+
+@pytest.mark.parametrize("change", [cast_and_back, replaced, changed_in_place])
+def test_features_of_other_weights_are_not_found(change):
+    model, cache = tiny_vlm("llava"), FeatureCache()
+    items = split(model, request("llava", [[1, (2, 2), 3]]), {"image": IMAGE})
+    with torch.no_grad():
+        for num_changes in range(3):
+            for _ in range(2):
+                own = cache.features(model, items)[0].rows_RD
+                fresh = FeatureCache(0).features(model, items)[0].rows_RD
+                assert torch.equal(own, fresh)
+            assert (cache.num_misses, cache.num_hits) == (num_changes + 1, num_changes + 1)
+            change(model)

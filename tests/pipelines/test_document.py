@@ -247,6 +247,23 @@ def test_an_interrupted_call_returns_what_was_begun(pipe, plain):
     assert not read(pipe, PAGES[:1]).interrupted
 
 
+def test_a_document_within_a_document_is_interrupted_alone(pipe, plain):
+    inner = []
+
+    def press(*_):
+        pipe.interrupt()
+
+    def ask(reader, step, details):
+        if not inner:
+            inner.append(read(pipe, PAGES[1:], callback_on_step_end=press))
+
+    out = read(pipe, PAGES[:1], callback_on_step_end=ask)
+    assert inner[0].interrupted
+    assert len(inner[0].pages) == 1, "the page that was begun"
+    assert not out.interrupted
+    assert tokens_of(out) == tokens_of(plain)[:1]
+
+
 REFUSED = [
     ([], {}, "at least one page is needed"),
     ("none.png", {}, r"page 0 \(none.png\) cannot be read: No such file"),

@@ -268,6 +268,24 @@ def test_interrupt_method_stops_the_call(pipe):
     assert out.interrupted
 
 
+@pytest.mark.parametrize("is_inner", [True, False])
+def test_of_calls_within_calls_one_is_interrupted(pipe, is_inner):
+    whole, inner = tokens(pipe, PROMPTS[0]), []
+
+    def press(pipeline, *_):
+        pipeline.interrupt()
+
+    def ask(pipeline, step, details):
+        if step == 1:
+            inner.append(pipeline(PROMPTS[1], callback_on_step_end=press if is_inner else None))
+        elif step == 2 and not is_inner:
+            pipeline.interrupt()
+
+    out = pipe(PROMPTS[0], generator=seeds(0), callback_on_step_end=ask)
+    assert (inner[0].interrupted, out.interrupted) == (is_inner, not is_inner)
+    assert torch.equal(out.tokens, whole) == is_inner
+
+
 def test_saved_and_loaded_is_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = SpeculativeImagePipeline.from_pretrained(tmp_path, dtype=torch.float64)

@@ -287,6 +287,32 @@ def test_interrupt_stops_after_the_running_step(pipe):
     assert not pipe(PROMPTS, max_new_tokens=4).interrupted, "an interruption ends with its call"
 
 
+def test_an_interruption_before_a_call_within_a_call_is_the_outer_ones(pipe):
+    options, inner = {"max_new_tokens": 20, "min_new_tokens": 20}, []
+
+    def ask(pipeline, step_index, details):
+        pipeline.interrupt()
+        inner.append(pipeline(PROMPTS[0], **options))
+
+    out = pipe(PROMPTS, callback_on_step_end=ask, **options)
+    assert [len(tokens) for tokens in out.tokens] == [1, 1, 1]
+    assert (out.interrupted, [one.interrupted for one in inner]) == (True, [False])
+
+
+def test_a_call_that_failed_is_not_interrupted_for_another(pipe):
+    def fail(*_):
+        raise KeyError("of the callback")
+
+    def ask(pipeline, step_index, details):
+        with pytest.raises(KeyError, match="of the callback"):
+            pipeline(PROMPTS[0], max_new_tokens=4, callback_on_step_end=fail)
+        pipeline.interrupt()
+
+    assert pipe(PROMPTS, max_new_tokens=20, callback_on_step_end=ask).interrupted
+    pipe.interrupt()
+    assert not pipe(PROMPTS, max_new_tokens=4).interrupted, "no call was running"
+
+
 def test_a_streamer_shows_the_text(pipe, tokenizer, capsys):
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     out = pipe("abcabcab", max_new_tokens=20, streamer=streamer, width=8)

@@ -119,14 +119,14 @@ def test_the_blocks_of_the_published_models_are_those_of_diffusers():
 
 def test_the_first_block_is_there_before_the_others(pipe):
     stream = pipe.stream(prompt_embeds=embeds(), generator=seeded(), output_type="np", **SIZE)
-    assert stream.stats.first_block_s is None
+    assert stream.stats.first_block_time_s is None
     next(stream)
-    first = stream.stats.first_block_s
+    first = stream.stats.first_block_time_s
     assert first == stream.stats.wall_time_s > 0
     list(stream)
     # Later blocks take time of their own and leave that of the first as it was.
-    assert stream.stats.first_block_s == first < stream.stats.wall_time_s
-    assert stream.stats.to_dict()["first_block_s"] == first
+    assert stream.stats.first_block_time_s == first < stream.stats.wall_time_s
+    assert stream.stats.to_dict()["first_block_time_s"] == first
 
 
 class Looking(Scripted):
@@ -213,6 +213,29 @@ def test_interrupting_from_outside_keeps_what_there_is(pipe):
     out = call(pipe, callback_on_step_end=press)
     assert (out.interrupted, out.stats.num_blocks) == (True, 1)
     assert not call(pipe).interrupted
+
+
+def test_of_two_streams_the_later_one_is_interrupted(pipe):
+    options = {"prompt_embeds": embeds(), "output_type": "latent", **SIZE}
+    first, second = (pipe.stream(generator=seeded(), **options) for _ in range(2))
+    made = [next(first), next(second)]
+    pipe.interrupt()
+    assert [len(list(second)), second.is_complete] == [1, False]
+    made += list(first)
+    assert first.is_complete
+    assert torch.equal(
+        torch.cat([made[0].frames, *[b.frames for b in made[2:]]], dim=2), call(pipe).frames
+    )
+
+
+def test_a_stream_that_is_left_behind_is_not_interrupted_for_a_call(pipe):
+    def press(caller, index, details):
+        next(caller.stream(prompt_embeds=embeds(), output_type="latent", **SIZE))
+        gc.collect()
+        caller.interrupt()
+
+    out = call(pipe, callback_on_step_end=press)
+    assert (out.interrupted, out.stats.num_blocks) == (True, 1)
 
 
 def test_noise_that_is_passed_in_serves_both_models(pipe):

@@ -5,6 +5,7 @@ import torch
 import transformers
 from encoder_decoders import NUM_PLACEHOLDERS, SIDE, SUPPORTED, tiny_encoder_decoder
 from PIL import Image
+from towers import CALLS, NUM_NEW, TowerRuns, another, figures_of, make_fresh
 from vlm_processors import tokenizer
 
 from mmspec.pipelines import SpeculativeDocumentPipeline, SpeculativeVLMPipeline
@@ -180,3 +181,62 @@ def test_pages_are_asked_for_in_the_words_of_the_family(donut_pipe):
     expected = donut_pipe("<user>", images=PICTURES[0], max_new_tokens=12, decoder="sequential")
     read = pages(PICTURES[0], ocr=None, prompt="<user>", max_new_tokens=12).pages[0]
     assert read.tokens.tolist() == expected.tokens[0].tolist()
+
+
+# --------------------------------------------------------------------------- images by content
+
+
+# What transformers' own processors warn of.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_an_encoder_sees_a_picture_once(name):
+    pipe = make_pipe(name)
+    fresh, runs = make_fresh(pipe), TowerRuns(pipe.model)
+    answers = []
+    for shown, num_new in zip(CALLS, NUM_NEW, strict=True):
+        # The same picture under another text.
+        prompts = [PROMPTS[name][(index + len(answers)) % 3] for index in shown]
+        asked = {"images": [[PICTURES[index]] for index in shown], "max_new_tokens": 8}
+        before = runs.count
+        answers.append(tokens_of(pipe(prompts, **asked)))
+        assert runs.count - before == num_new
+        assert answers[-1] == tokens_of(fresh(prompts, **asked))
+        assert runs.count - before == num_new + len(shown), "nothing is kept: all of them again"
+    assert answers[2][0] != answers[2][1], "the pictures must matter"
+    cache = pipe.image_cache
+    assert (cache.num_misses, cache.num_hits, len(cache)) == (3, 5, 3)
+    assert len(fresh.image_cache) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["donut", "florence2"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_an_encoder_of_a_drafter_sees_a_picture_once(name, dtype):
+    pipe = make_pipe(name)
+    small = another(pipe.model).to(dtype)
+    fresh, runs = make_fresh(pipe), TowerRuns(small)
+    for shown, num_new in zip(CALLS, NUM_NEW, strict=True):
+        prompts = [PROMPTS[name][index] for index in shown]
+        asked = {"images": [[PICTURES[index]] for index in shown], "max_new_tokens": 8}
+        before = runs.count
+        out = pipe(prompts, drafter=small, **asked)
+        assert runs.count - before == num_new
+        wanted = fresh(prompts, drafter=small, **asked)
+        assert (tokens_of(out), figures_of(out)) == (tokens_of(wanted), figures_of(wanted))
+    assert len(pipe.image_cache) == 6
+
+
+def test_the_bound_holds_for_both_towers_together():
+    pipe = make_pipe("donut")
+    small = another(pipe.model)
+    ask = lambda index: pipe("<user>", images=PICTURES[index], drafter=small, max_new_tokens=2)  # noqa: E731
+    ask(0)
+    cache = pipe.image_cache
+    assert len(cache) == 2
+    cache.max_bytes = cache.size_bytes * 3 // 2
+    for index in (1, 2, 0, 0):
+        ask(index)
+        assert len(cache) == 3
+        assert cache.size_bytes <= cache.max_bytes
+    # The last call found both.
+    assert (cache.num_hits, cache.num_misses) == (2, 8)

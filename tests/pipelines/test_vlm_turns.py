@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from towers import CALLS, NUM_NEW, TowerRuns, another, figures_of, make_fresh
 from vlm import NUM_TEXT, SUPPORTED, VOCAB, tiny_vlm
 from vlm_processors import PROCESSORS
 
@@ -17,6 +18,7 @@ OPTIONS = {
     "min_new_tokens": 8,
     "bad_words": [[token] for token in range(NUM_TEXT, VOCAB)],
 }
+WORDS = ["what is it", "why", "and then?"]
 KEPT = sorted(set(PROCESSORS) - {"paligemma"})
 
 
@@ -101,15 +103,6 @@ def conversation(pipe, turns, **options):
         outputs.append(out)
         works.append(work)
     return outputs, works
-
-
-def make_fresh(pipe):
-    """The same models, and nothing kept."""
-    fresh = SpeculativeVLMPipeline.from_model(
-        pipe.model, pipe.processor, schedule="fixed", image_cache=0
-    )
-    fresh.set_progress_bar_config(disable=True)
-    return fresh
 
 
 @pytest.mark.supports("cached turns", SUPPORTED)
@@ -280,3 +273,40 @@ def test_a_cache_is_shared_between_pipelines_and_models():
 def test_a_cache_of_no_size_is_refused(size):
     with pytest.raises(ValueError, match="max_bytes must be an integer >= 0"):
         make_pipe("llava", image_cache=size)
+
+
+@pytest.mark.parametrize("name", sorted(PROCESSORS))
+def test_a_tower_of_a_drafter_sees_a_picture_once(name):
+    pipe = make_pipe(name)
+    small = another(pipe.model)
+    fresh, runs = make_fresh(pipe), TowerRuns(small)
+    drafter = {"name": "model", "model": small, "visual_tokens": "all"}
+    counts, accepted = [], 0
+    for shown in CALLS:
+        # Only where an image stands alone in its prompt is it always the same item.
+        chats = [[said("user", picture(index), WORDS[k])] for k, index in enumerate(shown)]
+        before = runs.count
+        out = pipe(chats, drafter=drafter, **OPTIONS)
+        counts.append(runs.count - before)
+        wanted = fresh(chats, drafter=drafter, **OPTIONS)
+        assert (tokens_of(out), figures_of(out)) == (tokens_of(wanted), figures_of(wanted))
+        # Nothing is kept: all of them again.
+        assert runs.count - before - counts[-1] == counts[0] * len(shown)
+        accepted += out.stats.num_accepted
+    assert counts == [counts[0] * num_new for num_new in NUM_NEW]
+    assert counts[0] >= 1
+    assert accepted > 0
+
+
+def test_views_and_turns_share_what_a_drafters_tower_made():
+    pipe = make_pipe("llava")
+    small = another(pipe.model)
+    runs, chat, cache = TowerRuns(small), [said("user", picture(1), "what")], None
+    for sight in ("all", "uniform:0.5", "pool:2", "attention:0.5"):
+        pipe(chat, drafter={"name": "model", "model": small, "visual_tokens": sight}, **OPTIONS)
+    members = {"name": "mixed", "model": small, "members": ["all", "none"]}
+    for question in ("why", "and then?"):
+        cache = pipe(chat, cache=cache, drafter=members, **OPTIONS).cache
+        chat += [said("assistant", "a"), said("user", question)]
+    assert runs.count == 1
+    assert (pipe.image_cache.num_misses, len(pipe.image_cache)) == (2, 2)

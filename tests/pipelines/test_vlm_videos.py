@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from towers import TowerRuns, another, figures_of, make_fresh
 from transformers.utils import is_av_available
 from transformers.video_utils import VideoMetadata
 from vlm import FAMILIES as TINY
@@ -278,3 +279,20 @@ def test_the_class_of_transformers_is_there():
     for name, family in FAMILIES.items():
         model_class = getattr(transformers, TINY[name].class_name)
         assert ("video" in model_class.input_modalities) >= (family.videos == "own")
+
+
+@pytest.mark.parametrize("name", FILMED)
+def test_a_tower_of_a_drafter_sees_a_film_once(name):
+    pipe = make_pipe(name)
+    small = another(pipe.model)
+    drafter = {"name": "model", "model": small, "visual_tokens": "all"}
+    runs, counts, fresh = TowerRuns(small), [], make_fresh(pipe)
+    for chats in ([[said(film(1), "what")]], [[said(film(2), "so")], [said(film(1), "why")]]):
+        for _ in range(2):
+            before = runs.count
+            out = pipe(chats, drafter=drafter, **OPTIONS)
+            counts.append(runs.count - before)
+        wanted = fresh(chats, drafter=drafter, **OPTIONS)
+        assert (tokens_of(out), figures_of(out)) == (tokens_of(wanted), figures_of(wanted))
+    assert counts == [counts[0], 0, counts[0], 0]
+    assert counts[0] >= 1
