@@ -162,7 +162,7 @@ def image_engine(
         place=layout.place,
         compile=compile,
     )
-    spec: dict[str, Any] = {"name": "jacobi", "stride": layout.stride, "mend": rule == "exact"}
+    spec: dict[str, Any] = {"name": "jacobi", "stride": layout.stride, "mend": rule not in LOSSY}
     if denoiser is not None:
         spec |= {"name": "denoise", "denoiser": denoiser, "embed": family.embed_image}
     if make_drafter is None or window == 1:

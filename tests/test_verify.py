@@ -23,6 +23,7 @@ from toys import (
 
 from mmspec import verify
 from mmspec.drafters.jacobi import INITS, JacobiDrafter
+from mmspec.drafters.mending import Mender
 from mmspec.drafters.plain import PlainDrafter
 from mmspec.law_config import LawConfig
 from mmspec.records import Guarantee, Proposal, Scores
@@ -92,6 +93,8 @@ def make_drafter(kind: str, seed: int):
         "twins": lambda rows: TwinTreeDrafter(rows, table),
         "jacobi": lambda rows: JacobiDrafter(rows, V, **options),
         "jacobi-grid": lambda rows: JacobiDrafter(rows, V, stride=2, **options),
+        # Above is the left again, so that what stands there repeats itself in five tokens.
+        "jacobi-mended": lambda rows: JacobiDrafter(rows, V, stride=1, mend=True, **options),
         "jacobi-shared": lambda rows: JacobiDrafter(rows, V, max_width=4),
         "jacobi-gumbel": lambda rows: JacobiDrafter(rows, V, max_width=4, keep_laws=True),
         "stale": lambda rows: StaleLaws(rows, V, **options),
@@ -124,6 +127,8 @@ LAWFUL = [
     ("jacobi", "block"),
     ("jacobi", "coupled"),
     ("jacobi", "sjd"),
+    ("jacobi-mended", "coupled"),
+    ("jacobi-mended", "sjd"),
     ("jacobi-gumbel", GUMBEL),
 ]
 
@@ -226,6 +231,16 @@ def tests_reused_in_later_steps(monkeypatch):
     monkeypatch.setattr(verify, "uniform", lambda k, p, salt, step=0: fresh(k, p, salt, 0))
 
 
+def mended_beside_their_old_laws(monkeypatch):
+    mended = Mender.mended
+
+    def silent(*arguments):
+        guesses, is_mended = mended(*arguments)
+        return guesses, torch.zeros_like(is_mended)
+
+    monkeypatch.setattr(Mender, "mended", silent)
+
+
 def twins_kept(monkeypatch):
     from mmspec import tree
 
@@ -249,6 +264,12 @@ def nothing(monkeypatch):
 def test_a_biased_rule_fails_the_same_test(kind, rule, fault, monkeypatch):
     fault(monkeypatch)
     assert p_value(kind, rule) < BIASED_P
+
+
+@pytest.mark.slow
+def test_mended_guesses_beside_their_old_laws_fail_the_same_test(monkeypatch):
+    mended_beside_their_old_laws(monkeypatch)
+    assert p_value("jacobi-mended", "coupled", num_rows=MANY) < BIASED_P
 
 
 @pytest.mark.slow

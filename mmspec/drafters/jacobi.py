@@ -69,17 +69,17 @@ class JacobiDrafter:
             keep_laws: Hand the laws of the guesses to the rule.
             allowed: The stage of the target's law that says which tokens may stand where.
             mend: Replace stale guesses by what followed the same neighbours before
-                (`mmspec.drafters.mending`); for rules that compare tokens, in a grid.
+                (`mmspec.drafters.mending`), in a grid.
 
         Raises:
             ValueError: If the stride is below 1 or the way to begin unknown, or if guesses are to
-                be mended without a stride or beside their laws.
+                be mended without a stride.
         """
         require_known("init", init, INITS)
         if isinstance(stride, int) and stride < 1:
             raise ValueError(f"stride must be >= 1, got {stride}")
-        if mend and (stride is None or keep_laws):
-            raise ValueError("mend needs a stride, and a rule that asks for no laws of guesses")
+        if mend and stride is None:
+            raise ValueError("mend needs a stride: what stands above a code is looked at")
         if isinstance(stride, Tensor):
             stride = stride.to(rows.lengths_B.device)
         longest = int(stride.max()) if isinstance(stride, Tensor) else stride or 0
@@ -134,12 +134,16 @@ class JacobiDrafter:
         # Rules that compare tokens need no laws, and only new positions have none to guess by.
         num_known = 0 if self._keep_laws else self._num_known(width - 1)
         guesses, laws = self._guesses_at(position, num_known)
+        drafts = laws.softmax(-1) if self._keep_laws else None
         if self._mender is not None:
-            guesses = self._mender.mended(guesses, position, position < self._known_B[:, None])
-        drafts = None
-        if self._keep_laws:
+            is_known = position < self._known_B[:, None]
+            guesses, is_mended = self._mender.mended(guesses, position, is_known)
+            if drafts is not None:
+                one_hot = torch.nn.functional.one_hot(guesses, self._vocab_size)
+                drafts = torch.where(is_mended[..., None], one_hot.to(drafts.dtype), drafts)
+        if drafts is not None:
             # The law of a child is stored at its parent; the last node has no child.
-            drafts = torch.nn.functional.pad(laws.softmax(-1), (0, 0, 0, 1))
+            drafts = torch.nn.functional.pad(drafts, (0, 0, 0, 1))
         num_drafts = [0 if done else width - 1 for done in rows.host_done]
         tokens = torch.cat([rows.roots_B()[:, None], guesses], dim=1)
         proposal = pack_chain(tokens, num_drafts, self._vocab_size, drafts)

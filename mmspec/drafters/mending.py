@@ -44,13 +44,19 @@ class Mender:
         """These tokens were fed at these positions."""
         self._fed_BR[self._row_B1, positions_BN % self._ring] = tokens_BN
 
-    def mended(self, guesses_BN: Tensor, position_BN: Tensor, is_known_BN: Tensor) -> Tensor:
+    def mended(
+        self, guesses_BN: Tensor, position_BN: Tensor, is_known_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Guesses behind the rows' ends, some of them replaced.
 
         Args:
             guesses_BN: What the window guesses.
             position_BN: Where: N positions from each row's end on.
             is_known_BN: Where a guess was drawn from a law of its own position.
+
+        Returns:
+            The guesses, and which of them were replaced. Those follow from what is known before
+            they are verified, so their law is one-hot.
         """
         rows = self._rows
         end = max(map(len, rows.host_tokens))
@@ -61,7 +67,7 @@ class Mender:
         pairs_B1T = self._pairs(tokens_BT, place_T.expand_as(above_BT), above_BT)[:, None]
         fed_BN = self._fed_BR[self._row_B1, (position_BN - 1) % self._ring]
         is_new_BN, can_be_BN = ~is_known_BN, above_BN >= 0
-        mended_BN = guesses_BN
+        mended_BN, is_mended_BN = guesses_BN, torch.zeros_like(is_new_BN)
         for _ in range(SWEEPS):
             tokens_BT.scatter_(1, position_BN, mended_BN)
             is_stale_BN = is_new_BN | (tokens_BT.gather(1, position_BN - 1) != fed_BN)
@@ -74,7 +80,7 @@ class Mender:
             is_sure_BN = (before_BN > 0) & (told_BN == tokens_BT.gather(1, before_BN))
             is_mended_BN = is_stale_BN & can_be_BN & is_sure_BN
             mended_BN = torch.where(is_mended_BN, told_BN, guesses_BN)
-        return mended_BN
+        return mended_BN, is_mended_BN
 
     def _above(self, position: Tensor) -> Tensor:
         """Position above each one; -1 where there is none, or none on the left."""
