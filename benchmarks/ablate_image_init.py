@@ -1,4 +1,4 @@
-"""How many forwards an image needs by how new window positions are guessed.
+"""How many forwards an image needs by how window positions are guessed.
 
     python benchmarks/ablate_image_init.py --out benchmarks/results
 
@@ -20,13 +20,19 @@ from mmspec.bench.report import Output, publish, table
 from mmspec.drafters.jacobi import INITS
 from mmspec.verify import IndependentRedraft, MaximalCoupling, SeededMatch
 
-#: System -> rule, its options, options of the drafter. The noise is compared with the first init.
+PLAIN, MENDED = {"mend": False}, {"mend": True}
+FRESH = {"shared_noise": False}
+#: System -> rule, its options, options of the drafter. Noise and mending are compared with the first
+#: init.
 SYSTEMS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
-    **{f"exact, {init}": (SeededMatch, {}, {"init": init}) for init in INITS},
-    "coupled, fresh noise": (MaximalCoupling, {}, {"shared_noise": False}),
-    "coupled, shared noise of new positions": (MaximalCoupling, {}, {}),
-    "sjd, fresh noise": (IndependentRedraft, {}, {"shared_noise": False}),
-    "sjd, shared noise": (IndependentRedraft, {"shared_noise": True}, {}),
+    **{f"exact, {init}": (SeededMatch, {}, PLAIN | {"init": init}) for init in INITS},
+    "exact, above, mended": (SeededMatch, {}, MENDED),
+    "coupled, fresh noise": (MaximalCoupling, {}, PLAIN | FRESH),
+    "coupled, fresh noise, mended": (MaximalCoupling, {}, MENDED | FRESH),
+    "coupled, shared noise of new positions": (MaximalCoupling, {}, PLAIN),
+    "sjd, fresh noise": (IndependentRedraft, {}, PLAIN | FRESH),
+    "sjd, fresh noise, mended": (IndependentRedraft, {}, MENDED | FRESH),
+    "sjd, shared noise": (IndependentRedraft, {"shared_noise": True}, PLAIN),
 }
 
 

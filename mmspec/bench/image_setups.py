@@ -234,7 +234,8 @@ def image_engine(
     target = TokenImageTarget(family, rows, guidance_scale=guidance)
     window: Any = PlainDrafter(rows, target.vocab_size)
     if width > 1:
-        options = {"stride": family.layout(None, None).stride, "is_greedy": law.is_greedy} | options
+        stride = family.layout(None, None).stride
+        options = {"stride": stride, "is_greedy": law.is_greedy, "mend": True} | options
         window = drafter(rows, target.vocab_size, max_width=width, **options)
     schedule = FixedSchedule(width, lambda: rows.max_remaining)
     return Engine(target, window, rule(law, rows), schedule)
