@@ -22,8 +22,8 @@ from mmspec.verify import IndependentRedraft, MaximalCoupling, SeededMatch
 
 PLAIN, MENDED = {"mend": False}, {"mend": True}
 FRESH = {"shared_noise": False}
-#: System -> rule, its options, options of the drafter. Noise and mending are compared with the first
-#: init.
+#: System -> rule, its options, options of the drafter. Noise and mending are compared with what is
+#: drawn from the law above.
 SYSTEMS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     **{f"exact, {init}": (SeededMatch, {}, PLAIN | {"init": init}) for init in INITS},
     "exact, above, mended": (SeededMatch, {}, MENDED),
