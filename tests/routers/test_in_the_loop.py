@@ -126,19 +126,20 @@ def counting(pipe, calls):
 
 
 def test_previews_keep_what_they_are_told_to_and_stream_alike(pipe):
-    recorded = recorded_scores(call(pipe, "temporal:-inf,on=preview").blocks)
-    decoded = recorded_scores(call(pipe, "temporal:-inf").blocks)
+    dense = {"attention": "dense"}
+    recorded = recorded_scores(call(pipe, "temporal:-inf,on=preview", **dense).blocks)
+    decoded = recorded_scores(call(pipe, "temporal:-inf", **dense).blocks)
     # The first block has one picture and none before it: no step to judge.
     assert all(one != other for one, other in zip(recorded[1:], decoded[1:], strict=True))
     bar = max(recorded[1:])
-    out = call(pipe, f"temporal:{bar!r},on=preview")
+    out = call(pipe, f"temporal:{bar!r},on=preview", **dense)
     sources = [source for source, _ in made_by(out)]
     assert sources[0] == "target"
     blocks = list(
         pipe.stream(
             prompt_embeds=embeds(), router=f"temporal:{bar!r},on=preview", generator=seeded(),
             num_frames=NUM_FRAMES, height=SIDE, width=SIDE, num_inference_steps=2,
-            output_type="latent",
+            output_type="latent", **dense,
         )
     )  # fmt: skip
     assert torch.equal(torch.cat([block.latents for block in blocks], dim=2), out.frames)
@@ -155,10 +156,10 @@ def test_previews_of_a_block_stand_beside_those_before_it(pipe):
             seen.append((block.preview.frames(), block.preview.previous_frames()))
             return super().judge(block)
 
-    latents = call(pipe, Looking([True, False, True])).frames[0].transpose(0, 1)
+    latents = call(pipe, Looking([True, False, True]), attention="dense").frames[0].transpose(0, 1)
     whole = pipe.preview(latents, is_start=True)
     drafts, before = zip(*seen, strict=True)
-    close = {"atol": 1e-6, "rtol": 0}
+    close = {"atol": 1e-4, "rtol": 0}
     torch.testing.assert_close(drafts[0], whole[:1], **close)
     assert not torch.equal(drafts[1], whole[1:9])
     torch.testing.assert_close(drafts[2], whole[9:], **close)
@@ -182,11 +183,17 @@ def test_a_preview_is_fitted_to_the_pipeline_and_found_in_its_folder(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match=r"preview .* must be set \(fit_preview makes one\)"):
         pipe("a cat", router="temporal:0,on=preview")
-    calls = [{"prompt": "a cat", "generator": seeded(k), "router": "always"} for k in range(3)]
+    calls = [
+        {"prompt": "a cat", "generator": seeded(k), "router": "always", "attention": "dense"}
+        for k in range(3)
+    ]
     pipe.fit_preview(calls).save(tmp_path / "target" / "preview.safetensors")
-    latents = pipe(**calls[0], output_type="latent").frames[0].transpose(0, 1)
-    pictures = pipe(**calls[0], output_type="pt").frames[0]
-    # 24 latents, 145 inputs: the map passes through what it saw.
+    latents, pictures = (
+        pipe(**calls[0] | {"generator": seeded(0), "output_type": kind}).frames[0]
+        for kind in ("latent", "pt")
+    )
+    latents = latents.transpose(0, 1)
+    # 12 latents of a kind, 145 inputs: the map passes through what it saw.
     error = (pipe.preview(latents, is_start=True) - pictures).square().mean().sqrt()
     assert error < 0.1 * pictures.std()
     loaded = SpeculativeVideoPipeline.from_pretrained(tmp_path / "target")
