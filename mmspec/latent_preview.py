@@ -54,8 +54,10 @@ class LinearPreview:
         shapes = {name: tuple(one.shape) for name, one in tensors.items()}
         channels, scale, per_frame = _sizes(shapes)
         outputs = {"first": 3 * scale**2, "later": per_frame * 3 * scale**2}
-        wanted = {f"{kind}.weight": (outputs[kind], channels, KERNEL, KERNEL) for kind in _KINDS}
-        wanted |= {f"{kind}.bias": (outputs[kind],) for kind in _KINDS}
+        wanted: dict[str, tuple[int, ...]] = {}
+        for kind, size in outputs.items():
+            wanted[f"{kind}.weight"] = (size, channels, KERNEL, KERNEL)
+            wanted[f"{kind}.bias"] = (size,)
         rule = "weights and biases for one picture of a first latent frame and for those of others"
         require(channels > 0 and shapes == wanted, "a preview", rule, shapes)
         self.channels, self.scale, self.pictures_per_frame = channels, scale, per_frame

@@ -51,8 +51,9 @@ class Sight:
         Raises:
             ValueError: If one is bad.
         """
-        text = settings.get("pictures")
-        pictures = int(text) if text is not None and text.isdecimal() else text
+        pictures: Any = settings.get("pictures")
+        if pictures is not None and pictures.isdecimal():
+            pictures = int(pictures)
         return cls(on=settings.get("on", "decoded"), pictures=pictures)
 
     def __str__(self) -> str:
@@ -62,13 +63,13 @@ class Sight:
 
     def of(self, block: BlockView) -> BlockView:
         """The block as it is shown."""
-        if self.on == "preview":
-            require(block.preview is not None, "the view of a block", "with previews", None)
-            block = block.preview
+        shown = block.preview if self.on == "preview" else block
+        if shown is None:
+            raise ValueError("the view of a block must be with previews, got None")
         if self.pictures is None:
-            return block
-        frames, most = block.frames, self.pictures
-        return replace(block, frames=lambda: spread_pictures(frames(), most))
+            return shown
+        frames, most = shown.frames, self.pictures
+        return replace(shown, frames=lambda: spread_pictures(frames(), most))
 
 
 #: What a scorer is shown unless it is said.
