@@ -70,7 +70,7 @@ PREVIEW = "first-block+temporal:accept=0.5,mean=-0.4,std=0.1,on=preview"
 
 
 @pytest.mark.parametrize(
-    "router", ["random:0.5", "every:2+temporal:accept=0.5,mean=-0.05,std=0.1", PREVIEW]
+    "router", ["random:0.5", "every:2+temporal:accept=0.5,mean=-0.093,std=0.1", PREVIEW]
 )
 def test_a_row_of_a_batch_is_its_single_run_and_a_run_its_repeat(pipe, router):
     seeds = (0, 1, 2)
@@ -79,6 +79,8 @@ def test_a_row_of_a_batch_is_its_single_run_and_a_run_its_repeat(pipe, router):
         alone = call(pipe, router, seeds=(seed,))
         assert made_by(alone) == made_by(batch, row)
         assert torch.equal(alone.frames[0], batch.frames[row])
+    sources = {record.source for of_row in batch.blocks for record in of_row[1:]}
+    assert sources == {"target", "drafter"}
 
 
 def test_image_reward_wants_the_prompt_and_decides(pipe, tmp_path):
