@@ -1,12 +1,11 @@
 """Cheap pictures of latents: a linear map in the place of a VAE's decoder.
 
 A router that judges a draft by such pictures needs no decoding, so a draft that is refused is never
-decoded. The map sees a latent and its neighbours, 3 x 3 of one latent frame with all channels, and
-gives the pictures of that frame in the patch above the middle. A VAE of Wan makes one picture of
-the first latent frame that it decodes and several of every other, so there are two maps.
+decoded. The map takes the channels of one latent to the patch of pixels that it stands for, in all
+pictures of its latent frame. A VAE of Wan makes one picture of the first latent frame that it
+decodes and several of every other, so there are two maps.
 
-Shape suffixes as in `mmspec.block_records`; K is inputs of the map with a 1 behind them, P its
-outputs.
+Shape suffixes as in `mmspec.block_records`; K is the channels with a 1 behind them, P the outputs.
 """
 
 import math
@@ -24,8 +23,6 @@ from mmspec.checks import require
 
 #: Beside a pipeline in its folder.
 PREVIEW_FILE = "preview.safetensors"
-#: Latents that the map sees, along either side.
-KERNEL = 3
 _KINDS = ("first", "later")
 #: Latents, their pictures, and whether the decoder started with them.
 DecodedBlock = tuple[Tensor, Tensor, bool]
@@ -44,9 +41,9 @@ class LinearPreview:
         """Takes the maps.
 
         Args:
-            tensors: "first.weight" ``[3 s s, C, 3, 3]``, "later.weight" ``[n 3 s s, C, 3, 3]`` for
-                n pictures of a latent frame and s pixels of a latent, and the "bias" of each.
-                Outputs lie as `torch.nn.functional.pixel_shuffle` takes them.
+            tensors: "first.weight" ``[3 s s, C]``, "later.weight" ``[n 3 s s, C]`` for n pictures
+                of a latent frame and s x s pixels of a latent, and the "bias" of each. Outputs lie
+                as `torch.nn.functional.pixel_shuffle` takes them.
 
         Raises:
             ValueError: If they are something else.
@@ -56,7 +53,7 @@ class LinearPreview:
         outputs = {"first": 3 * scale**2, "later": per_frame * 3 * scale**2}
         wanted: dict[str, tuple[int, ...]] = {}
         for kind, size in outputs.items():
-            wanted[f"{kind}.weight"] = (size, channels, KERNEL, KERNEL)
+            wanted[f"{kind}.weight"] = (size, channels)
             wanted[f"{kind}.bias"] = (size,)
         rule = "weights and biases for one picture of a first latent frame and for those of others"
         require(channels > 0 and shapes == wanted, "a preview", rule, shapes)
@@ -112,8 +109,7 @@ class LinearPreview:
             size = gram_KK.diagonal()[:-1].mean() * ridge
             penalty_K = torch.cat([size.expand(len(gram_KK) - 1), size.new_zeros(1)])
             map_KP = torch.linalg.solve(gram_KK + penalty_K.diag(), cross_KP)
-            shape = (-1, (len(map_KP) - 1) // KERNEL**2, KERNEL, KERNEL)
-            tensors[f"{kind}.weight"] = map_KP[:-1].T.reshape(shape)
+            tensors[f"{kind}.weight"] = map_KP[:-1].T
             tensors[f"{kind}.bias"] = map_KP[-1]
         return cls(tensors)
 
@@ -139,7 +135,7 @@ class LinearPreview:
         for name in (f"{kind}.weight", f"{kind}.bias"):
             self._tensors[name] = self._tensors[name].to(device)
         weight, bias = self._tensors[f"{kind}.weight"], self._tensors[f"{kind}.bias"]
-        flat = functional.conv2d(latents_FCHW, weight, bias, padding=KERNEL // 2)
+        flat = functional.conv2d(latents_FCHW, weight[..., None, None], bias)
         pictures = functional.pixel_shuffle(flat, self.scale).unflatten(1, (-1, 3)).flatten(0, 1)
         return pictures.clamp(0, 1)
 
@@ -147,15 +143,14 @@ class LinearPreview:
 def _sizes(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int, int]:
     """Channels, scale and pictures per latent frame; zeros where the shapes have none."""
     first, later = (shapes.get(f"{kind}.weight", ()) for kind in _KINDS)
-    if len(first) != 4 or len(later) != 4 or not first[0]:
+    if len(first) != 2 or len(later) != 2 or not first[0]:
         return 0, 0, 0
     return first[1], math.isqrt(first[0] // 3), later[0] // first[0]
 
 
 def _inputs(latents_FCHW: Tensor) -> Tensor:
     """What the map sees of each latent: ``[F H W, K]``."""
-    seen = functional.unfold(latents_FCHW.double(), KERNEL, padding=KERNEL // 2)
-    rows = seen.transpose(1, 2).flatten(0, 1)
+    rows = latents_FCHW.double().flatten(2).transpose(1, 2).flatten(0, 1)
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 

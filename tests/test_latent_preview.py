@@ -18,7 +18,7 @@ class LinearDecoder:
         torch.manual_seed(0)
         size = 3 * SCALE**2
         self.first, self.later = (
-            torch.nn.Conv2d(CHANNELS, num * size, 3, padding=1) for num in (1, PER_FRAME)
+            torch.nn.Conv2d(CHANNELS, num * size, 1) for num in (1, PER_FRAME)
         )
         for one in (self.first, self.later):
             # So small that no picture is clipped.
@@ -85,7 +85,7 @@ def test_blocks_that_cannot_be_fitted_are_refused():
     for wrong in (pictures[:-1], pictures[..., :-1], pictures[:, :1]):
         with pytest.raises(ValueError, match="pictures of a preview must be whole pictures"):
             LinearPreview.fit([(one, wrong, False)])
-    with pytest.raises(ValueError, match="blocks of a preview must be as before: 28 inputs"):
+    with pytest.raises(ValueError, match="blocks of a preview must be as before: 4 inputs"):
         LinearPreview.fit([(one, pictures, False), (one[:, :2], pictures, False)])
 
 
@@ -97,11 +97,11 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot read the preview"):
         LinearPreview.load(path)
     for tensors in (
-        {"first.weight": torch.zeros(48, 3, 3, 3)},
-        {"first.weight": torch.zeros(0, 3, 3, 3), "later.weight": torch.zeros(0, 3, 3, 3)},
+        {"first.weight": torch.zeros(48, 3)},
+        {"first.weight": torch.zeros(0, 3), "later.weight": torch.zeros(0, 3)},
         {
-            "first.weight": torch.zeros(48, 3, 3, 3), "first.bias": torch.zeros(48),
-            "later.weight": torch.zeros(96, 4, 3, 3), "later.bias": torch.zeros(96),
+            "first.weight": torch.zeros(48, 3), "first.bias": torch.zeros(48),
+            "later.weight": torch.zeros(96, 4), "later.bias": torch.zeros(96),
         },
     ):  # fmt: skip
         save_file(tensors, path)

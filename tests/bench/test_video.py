@@ -50,7 +50,7 @@ def random_preview():
     torch.manual_seed(9)
     tensors = {}
     for kind, size in {"first": 3 * 64, "later": 4 * 3 * 64}.items():
-        tensors[f"{kind}.weight"] = 0.02 * torch.randn(size, 16, 3, 3)
+        tensors[f"{kind}.weight"] = 0.02 * torch.randn(size, 16)
         tensors[f"{kind}.bias"] = torch.full((size,), 0.5)
     return LinearPreview(tensors)
 
