@@ -60,12 +60,15 @@ class BlockView:
             asked for, and serve as the output if the block is kept.
         previous_frames: Gives the last pictures of the block before, at most 4, in the same
             layout; None for the first block.
+        preview: The same block with cheap pictures made of latents (`mmspec.latent_preview`), those
+            of the block before as well; None where the pipeline has no such map.
     """
 
     place: BlockPlace
     latents_FCHW: Tensor
     frames: Callable[[], Tensor]
     previous_frames: Callable[[], Tensor | None]
+    preview: "BlockView | None" = None
 
 
 BlockRouter = Router[BlockPlace, BlockView, Judgement]

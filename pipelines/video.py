@@ -1,6 +1,6 @@
 """Text to video in blocks: a drafter writes them, a router judges them, the target redoes some."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from mmspec.adapters.block_frames import pictures
 from mmspec.adapters.block_video import (
     BlockDrafter,
     BlockRule,
@@ -20,6 +21,7 @@ from mmspec.adapters.block_video import (
 from mmspec.adapters.video_family import check_pair, video_family
 from mmspec.assets import bundled_names, bundled_path
 from mmspec.engine import Engine
+from mmspec.latent_preview import PREVIEW_FILE, DecodedBlock, LinearPreview
 from mmspec.pipelines.base import SpeculativePipeline
 from mmspec.pipelines.video_request import (
     OF_DRAFTER,
@@ -45,6 +47,9 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         drafter: The pipeline that drafts; the target itself, in fewer steps, if there is no other.
         defaults: Options that a call takes where it names none, and "fps" where it is known: those
             of `defaults.json` in the folder of the target.
+        preview: Cheap pictures of latents for routers with ``on=preview``: those of
+            `preview.safetensors` in the folder of the target, else None. It may be set
+            (`LinearPreview.load`), or made (`fit_preview`).
 
     Example:
         >>> pipe = SpeculativeVideoPipeline.from_pretrained("bundled:clips")  # doctest: +SKIP
@@ -70,6 +75,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         self.target = target
         self.drafter = self._drafter.pipe
         self.defaults: dict[str, Any] = dict(defaults or {})
+        self.preview: LinearPreview | None = None
         self._loaded = LoadedScorers()
 
     @classmethod
@@ -94,19 +100,24 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
 
         Raises:
             ValueError: If a bundled name is unknown, a model is of no known family, the two do not
-                fit together, or the `defaults.json` of one cannot be used.
+                fit together, or the `defaults.json` of one, or `preview.safetensors`, cannot be
+                used.
         """
         path, drafter_path = _found(id_or_path), _drafter_path(id_or_path, drafter)
         defaults = read_defaults(path)
         kwargs = kwargs if dtype is None else kwargs | {"dtype": dtype}
         target = DiffusionPipeline.from_pretrained(path, **kwargs)
-        if drafter_path is None:
-            return cls(target, None, defaults)
-        without = {"text_encoder": None, "tokenizer": None}
-        drafting = DiffusionPipeline.from_pretrained(drafter_path, **kwargs, **without)
-        of_drafter = read_defaults(drafter_path)
-        defaults |= {name: of_drafter[name] for name in OF_DRAFTER if name in of_drafter}
-        return cls(target, drafting, defaults)
+        drafting = None
+        if drafter_path is not None:
+            without = {"text_encoder": None, "tokenizer": None}
+            drafting = DiffusionPipeline.from_pretrained(drafter_path, **kwargs, **without)
+            of_drafter = read_defaults(drafter_path)
+            defaults |= {name: of_drafter[name] for name in OF_DRAFTER if name in of_drafter}
+        pipe = cls(target, drafting, defaults)
+        preview = Path(path) / PREVIEW_FILE
+        if preview.is_file():
+            pipe.preview = LinearPreview.load(preview)
+        return pipe
 
     @classmethod
     def from_model(cls, target: Any, *, drafter: Any = None) -> "SpeculativeVideoPipeline":
@@ -165,7 +176,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         noise = self._target.noise(layout, num_rows, request.generator, request.latents)
         prompts = self._encode(checked, request)
         rows = [
-            VideoRow(of_row, layout.block_sizes, one, self._target.codec())
+            VideoRow(of_row, layout.block_sizes, one, self._target.codec(), self.preview)
             for of_row, one in zip(noise.split(1), prompts, strict=True)
         ]
         target, drafter = self._samplers(request)
@@ -210,6 +221,38 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
         scale = self.target.vae_scale_factor_spatial
         return layout.num_frames, layout.height * scale, layout.width * scale
 
+    def fit_preview(self, calls: Iterable[Mapping[str, Any]]) -> LinearPreview:
+        """Fits the map that ``on=preview`` needs, to videos that it makes and decodes.
+
+        Some dozens of short videos are enough. Both models should have written in them, as with
+        ``router="random:0.5"``: drafts are what is judged.
+
+        Args:
+            calls: Arguments of calls, prompt and generator among them.
+
+        Returns:
+            The map, which is `preview` from now on.
+
+        Raises:
+            ValueError: As a call.
+        """
+        self.preview = LinearPreview.fit(
+            block for one in calls for block in self._decoded_blocks(one)
+        )
+        return self.preview
+
+    @torch.no_grad()
+    def _decoded_blocks(self, arguments: Mapping[str, Any]) -> Iterator[DecodedBlock]:
+        """Latents and pictures of the blocks of a call."""
+        codec = self._target.codec()
+        states: dict[int, Any] = {}
+        options: Any = {**arguments, "output_type": "latent"}
+        for block in self.stream(**options):
+            is_start = block.index == 0 or not codec.remembers
+            for row, latents in enumerate(block.latents.split(1)):
+                pixels, states[row] = codec.decode(latents, states.get(row))
+                yield latents[0].transpose(0, 1), pictures(pixels).to(latents.device), is_start
+
     def _with_defaults(self, options: VideoOptions) -> VideoOptions:
         more: Any = {name: value for name, value in self.defaults.items() if name != "fps"}
         return {**more, **options}
@@ -217,7 +260,7 @@ class SpeculativeVideoPipeline(SpeculativePipeline):
     def _checked(
         self, prompt: str | Sequence[str] | None, options: VideoOptions
     ) -> tuple[VideoRequest, list[GivenPrompt]]:
-        request = video_request(self._target, self._drafter, options, self._loaded)
+        request = video_request(self._target, self._drafter, options, self._loaded, self.preview)
         checked = check_prompts(self.target, prompt, options, request)
         check_noise(request, len(checked))
         return request, checked

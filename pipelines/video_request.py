@@ -14,6 +14,7 @@ from mmspec.adapters.block_video import Prompt, Stitch
 from mmspec.adapters.video_family import VideoFamily, VideoLayout
 from mmspec.block_records import BlockRouter
 from mmspec.checks import is_integer, is_list, require, require_generator, require_known
+from mmspec.latent_preview import LinearPreview
 from mmspec.pipelines.base import (
     StepEnd,
     as_list,
@@ -194,6 +195,7 @@ def video_request(
     drafter: VideoFamily,
     options: Mapping[str, Any],
     loaded: LoadedScorers | None = None,
+    preview: LinearPreview | None = None,
 ) -> VideoRequest:
     """Checks a call and fills in its defaults; runs nothing.
 
@@ -202,6 +204,7 @@ def video_request(
         drafter: The model that drafts.
         options: As in `VideoOptions`.
         loaded: Scorers of earlier calls, for the router.
+        preview: Makes cheap pictures of latents, for the router.
 
     Raises:
         ValueError: With the rule and the value of the first argument that is out of its range.
@@ -227,6 +230,8 @@ def video_request(
         "stitch": stitch,
         "guarantee": Guarantee.EXACT if is_exact else Guarantee.LOSSY,
     }
+    if getattr(router, "needs_preview", False):
+        _check_preview(target.pipe, router, preview)
     return VideoRequest(**{name: given[name] for name in VideoRequest.__slots__})
 
 
@@ -377,6 +382,21 @@ def _check_attention(family: VideoFamily, attention: object) -> None:
     rule = " or ".join(map(repr, [None, *family.attentions]))
     is_good = attention is None or attention in family.attentions
     require(is_good, "attention", f"{rule} for {type(family.pipe).__name__}", attention)
+
+
+def _check_preview(pipe: Any, router: BlockRouter, preview: LinearPreview | None) -> None:
+    """Refuses a router that looks at previews where there are none of these latents.
+
+    Raises:
+        ValueError: With the router, or with what does not fit.
+    """
+    rule = f"set (fit_preview makes one), for the router {router.name!r} looks at previews"
+    require(preview is not None, "preview of the pipeline", rule, None)
+    assert preview is not None
+    wanted = (pipe.transformer.config.in_channels, pipe.vae_scale_factor_temporal)
+    rule = "that of latents of {} channels with {} pictures a frame".format(*wanted)
+    got = (preview.channels, preview.pictures_per_frame)
+    require(got == wanted, "preview of the pipeline", rule, got)
 
 
 def _check_stitch(target: VideoFamily, drafter: VideoFamily, given: Mapping[str, Any]) -> None:

@@ -91,22 +91,30 @@ def brisque_features(frames_F3HW: Tensor) -> Tensor:
     weights = torch.tensor(GREY, dtype=torch.float64, device=frames_F3HW.device)
     grey_F1HW = torch.einsum("fchw,c->fhw", frames_F3HW.double(), weights)[:, None]
     half = functional.interpolate(grey_F1HW, scale_factor=0.5, mode="bicubic")
-    return torch.cat([_features(grey_F1HW), _features(half)], dim=1)
+    fields = [*_fields(grey_F1HW), *_fields(half)]
+    # Laws are fitted together: an operation costs more than its few numbers.
+    fitted = _asymmetric_fit(torch.stack([_moments(field) for field in fields], dim=1))
+    laws = torch.stack(fitted, dim=1)
+    features = [_features(of_size) for of_size in laws.chunk(2)]
+    return torch.cat(features).T
 
 
-def _features(grey_F1HW: Tensor) -> Tensor:
+def _fields(grey_F1HW: Tensor) -> list[Tensor]:
+    """The normalised luma, and its products with the neighbours in four directions."""
     mscn = _normalized_contrast(grey_F1HW)[:, 0]
-    shape_F, _, left_F, right_F = _asymmetric_fit(mscn)
-    features = [shape_F, (left_F + right_F) / 2]
-    products = (
+    return [
+        mscn,
         mscn[:, :, :-1] * mscn[:, :, 1:],
         mscn[:, :-1] * mscn[:, 1:],
         mscn[:, :-1, :-1] * mscn[:, 1:, 1:],
         mscn[:, 1:, :-1] * mscn[:, :-1, 1:],
-    )
-    for product in products:
-        features += _asymmetric_fit(product)
-    return torch.stack(features, dim=1)
+    ]
+
+
+def _features(laws: Tensor) -> Tensor:
+    """Shape and scale of the luma, which is even, and all four numbers of each product."""
+    shape, _, left, right = laws[0]
+    return torch.cat([torch.stack([shape, (left + right) / 2]), laws[1:].flatten(0, 1)])
 
 
 def _normalized_contrast(grey_F1HW: Tensor) -> Tensor:
@@ -120,19 +128,27 @@ def _normalized_contrast(grey_F1HW: Tensor) -> Tensor:
     return (grey_F1HW - mean) / ((square - mean.square()).abs().sqrt() + FLOOR)
 
 
-def _asymmetric_fit(values_FHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fits an asymmetric generalised normal law by its moments (equations 8 to 11).
-
-    Returns:
-        Shape, mean, and the squared scales left and right, ``[F]`` each.
-    """
+def _moments(values_FHW: Tensor) -> Tensor:
+    """The mean squares left and right of zero, and squared mean over mean square: ``[3, F]``."""
     values = values_FHW.flatten(1)
     is_left = values < 0
     squares = values.square()
     left = (squares * is_left).sum(1) / is_left.sum(1)
     right = (squares * ~is_left).sum(1) / (~is_left).sum(1)
+    return torch.stack([left, right, values.abs().mean(1).square() / squares.mean(1)])
+
+
+def _asymmetric_fit(moments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fits an asymmetric generalised normal law by its moments (equations 8 to 11).
+
+    Args:
+        moments: Those of `_moments` in front, of as many fields as there are.
+
+    Returns:
+        Shape, mean, and the squared scales left and right, of each field.
+    """
+    left, right, moment = moments
     ratio = (left / right).sqrt()
-    moment = values.abs().mean(1).square() / squares.mean(1)
     moment = moment * (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1).square()
     shape = _shape_of(moment)
     log_gamma = [torch.lgamma(k / shape) for k in (1, 2, 3)]
@@ -141,16 +157,16 @@ def _asymmetric_fit(values_FHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return shape, mean, left, right
 
 
-def _shape_of(moment_F: Tensor) -> Tensor:
+def _shape_of(moment: Tensor) -> Tensor:
     """Solves Γ(2/a)² / (Γ(1/a) Γ(3/a)) = moment for a: the left side grows with a."""
-    low, high = (torch.full_like(moment_F, end) for end in SHAPES)
+    low, high = (torch.full_like(moment, end) for end in SHAPES)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         logs = [torch.lgamma(k / middle) for k in (1, 2, 3)]
-        is_below = (2 * logs[1] - logs[0] - logs[2]).exp() < moment_F
+        is_below = (2 * logs[1] - logs[0] - logs[2]).exp() < moment
         low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
     # Comparisons with NaN are False, which would look like a shape.
-    return torch.where(moment_F.isnan(), moment_F, (low + high) / 2)
+    return torch.where(moment.isnan(), moment, (low + high) / 2)
 
 
 def _folder(weights: str | Path | None) -> Path:

@@ -47,6 +47,11 @@ class AllRouter:
         return any(one.needs_prompt for one in self._routers)
 
     @property
+    def needs_preview(self) -> bool:
+        """True if one of them does."""
+        return any(getattr(one, "needs_preview", False) for one in self._judges)
+
+    @property
     def reads_history(self) -> bool:
         """True if one of them has a running threshold."""
         return any(getattr(one, "reads_history", False) for one in self._judges)

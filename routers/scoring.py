@@ -6,6 +6,7 @@ Shape suffixes as in `mmspec.block_records`; N is the scores of a block, mostly 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,7 +21,59 @@ from mmspec.routers.thresholds import FixedThreshold, RunningQuantile, Threshold
 #: Settings that say from which score on a block is kept.
 THRESHOLDS = ("threshold", "calibration", "accept", "mean", "std", "weight")
 #: What every scorer's argument may hold besides its own settings.
-_COMMON = (*THRESHOLDS, "aggregate")
+_COMMON = (*THRESHOLDS, "aggregate", "on")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What a scorer is shown of a block: all of its decoded pictures, or less.
+
+    Attributes:
+        on: "decoded" or "preview": cheap pictures made of the latents, so that a draft that is
+            refused is never decoded.
+        pictures: Pictures of a block that are shown at most, spread evenly over it, the first and
+            the last among them if there are several; None shows all.
+    """
+
+    on: str = "decoded"
+    pictures: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what is none."""
+        require(self.on in ("decoded", "preview"), "on", "'decoded' or 'preview'", self.on)
+        is_good = self.pictures is None or (is_integer(self.pictures) and self.pictures >= 1)
+        require(is_good, "pictures", "an integer >= 1", self.pictures)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, str]) -> Self:
+        """Reads "on" and "pictures", where they are.
+
+        Raises:
+            ValueError: If one is bad.
+        """
+        pictures: Any = settings.get("pictures")
+        if pictures is not None and pictures.isdecimal():
+            pictures = int(pictures)
+        return cls(on=settings.get("on", "decoded"), pictures=pictures)
+
+    def __str__(self) -> str:
+        """As a user types it behind other settings."""
+        on = "" if self.on == "decoded" else f",on={self.on}"
+        return on if self.pictures is None else f"{on},pictures={self.pictures}"
+
+    def of(self, block: BlockView) -> BlockView:
+        """The block as it is shown."""
+        shown = block.preview if self.on == "preview" else block
+        if shown is None:
+            raise ValueError("the view of a block must be with previews, got None")
+        if self.pictures is None:
+            return shown
+        frames, most = shown.frames, self.pictures
+        return replace(shown, frames=lambda: spread_pictures(frames(), most))
+
+
+#: What a scorer is shown unless it is said.
+_EVERYTHING = Sight()
 
 
 class Scorer:
@@ -29,12 +82,15 @@ class Scorer:
     Attributes:
         name: As a user types it.
         needs_prompt: Whether it reads the text of the prompt.
-        settings: Names of what a user may set besides threshold and aggregation.
+        sees_motion: Whether it needs all pictures of a block; else it judges each alone, and may
+            be shown a few.
+        settings: Names of what a user may set besides threshold, aggregation and sight.
         typed: Those that were set and change what the score means, as ",name=value".
     """
 
     name: ClassVar[str]
     needs_prompt: ClassVar[bool] = False
+    sees_motion: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
     typed: str = ""
 
@@ -71,6 +127,7 @@ class Scorer:
         given = _parsed(cls, argument)
         own = {name: value for name, value in given.items() if name in cls.settings}
         aggregate = _aggregate(given.get("aggregate", "worst"))
+        sight = Sight.from_settings(given)
         threshold = _threshold(_score_name(cls.name, given), given)
         # Weights are loaded when everything else is known to be good.
         scorer = cls.from_settings(own) if loaded is None else loaded.get(cls, own)
@@ -78,6 +135,7 @@ class Scorer:
             scorer,
             threshold,
             aggregate=aggregate,
+            sight=sight,
             name=f"{cls.name}:{argument}",
             score_name=_score_name(cls.name, given),
         )
@@ -123,6 +181,7 @@ class ScoringRouter:
         guarantee: `lossy`.
         name: As a user types it.
         needs_prompt: That of the scorer.
+        needs_preview: Whether it looks at previews.
         reads_history: That of the threshold.
         score_name: What the score is, whatever the threshold; samples of it can be compared.
     """
@@ -135,6 +194,7 @@ class ScoringRouter:
         threshold: float | Threshold,
         *,
         aggregate: str | float = "worst",
+        sight: Sight = _EVERYTHING,
         name: str | None = None,
         score_name: str | None = None,
     ) -> None:
@@ -144,23 +204,31 @@ class ScoringRouter:
             scorer: Scores the pictures.
             threshold: From which score on a block is kept.
             aggregate: Of the pictures: "worst", "mean", or a number q in [0, 1] for the q-quantile.
+            sight: What the scorer is shown.
             name: As a user types it; without it, made from the rest.
             score_name: As a calibration names it; without it, made from scorer and aggregation.
 
         Raises:
-            ValueError: If threshold or aggregation is bad.
+            ValueError: If threshold or aggregation is bad, or a scorer of motion is shown a few
+                pictures.
         """
         if isinstance(threshold, float | int):
             threshold = FixedThreshold(threshold)
         require(hasattr(threshold, "at"), "threshold", "a number or a Threshold", threshold)
         _check_aggregate(aggregate)
+        is_good = sight.pictures is None or not scorer.sees_motion
+        rule = f"left out for {scorer.name!r}, which sees motion"
+        require(is_good, "pictures", rule, sight.pictures)
         self._scorer = scorer
         self._threshold = threshold
         self._aggregate = aggregate
-        more = ("" if aggregate == "worst" else f",aggregate={aggregate}") + scorer.typed
+        self._sight = sight
+        more = "" if aggregate == "worst" else f",aggregate={aggregate}"
+        more += f"{sight}{scorer.typed}"
         self.name = f"{scorer.name}:{threshold}{more}" if name is None else name
         self.score_name = scorer.name + more if score_name is None else score_name
         self.needs_prompt = scorer.needs_prompt
+        self.needs_preview = sight.on == "preview"
         self.reads_history = threshold.reads_history
 
     def wants_draft(self, place: BlockPlace) -> bool:
@@ -173,13 +241,28 @@ class ScoringRouter:
         bar = self._threshold.at(block.place.history)
         may_stop = self._aggregate == "worst" and not self.reads_history
         scores = [torch.zeros(0, dtype=torch.float64)]
-        for batch in self._scorer.batches(block):
+        for batch in self._scorer.batches(self._sight.of(block)):
             scores.append(batch.double().cpu())
             # A NaN is not at the threshold either.
             if may_stop and not bool((scores[-1] >= bar).all()):
                 break
         score = _aggregated(torch.cat(scores), self._aggregate)
         return Judgement(score=score, keep=score >= bar)
+
+
+def spread_pictures(frames_F3HW: Tensor, most: int) -> Tensor:
+    """Picks pictures at equal distances: the middle one, or the first, the last and between.
+
+    Args:
+        frames_F3HW: The pictures.
+        most: How many are picked, if there are as many.
+    """
+    count = len(frames_F3HW)
+    if count <= most:
+        return frames_F3HW
+    last = count - 1
+    places = [last // 2] if most == 1 else [round(k * last / (most - 1)) for k in range(most)]
+    return frames_F3HW[places]
 
 
 def spread_batches(frames_F3HW: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -241,7 +324,8 @@ def _parsed(scorer: type[Scorer], argument: str | None) -> dict[str, str]:
         name, equals, value = item.partition("=")
         if not equals:
             name, value = "threshold", item
-        require_known(f"setting of router {scorer.name!r}", name, (*_COMMON, *scorer.settings))
+        known = (*_COMMON, *(() if scorer.sees_motion else ("pictures",)), *scorer.settings)
+        require_known(f"setting of router {scorer.name!r}", name, known)
         rule = "given once"
         require(name not in given, f"{name!r} of router {scorer.name!r}", rule, argument)
         given[name] = value
@@ -251,7 +335,12 @@ def _parsed(scorer: type[Scorer], argument: str | None) -> dict[str, str]:
 def _score_name(name: str, given: Mapping[str, str]) -> str:
     # Where the weights lie and how many pictures go at once does not change what a score means.
     silent = (*THRESHOLDS, "weights", "batch_size")
-    more = [f"{key}={value}" for key, value in sorted(given.items()) if key not in silent]
+    default = {"on": "decoded"}
+    more = [
+        f"{key}={value}"
+        for key, value in sorted(given.items())
+        if key not in silent and default.get(key) != value
+    ]
     return ",".join([name, *more])
 
 

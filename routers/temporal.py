@@ -34,6 +34,7 @@ class TemporalScorer(Scorer):
     """
 
     name: ClassVar[str] = "temporal"
+    sees_motion: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...]] = ("see",)
 
     def __init__(self, see: str = "all") -> None:

@@ -10,7 +10,13 @@ NUM_PREVIOUS = 4
 
 
 class Codec(Protocol):
-    """Turns latents of blocks into pictures, in order."""
+    """Turns latents of blocks into pictures, in order.
+
+    Attributes:
+        remembers: Whether a block is decoded behind those before it; else each starts anew.
+    """
+
+    remembers: bool
 
     def decode(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Decodes a block ``[1, C, F, H, W]`` behind what ``state`` has seen; None at the start.

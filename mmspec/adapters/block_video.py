@@ -14,12 +14,13 @@ Shape suffixes as in `mmspec.block_records`.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import blake2b
 from typing import Protocol
 
 from torch import Tensor
 
-from mmspec.adapters.block_frames import BlockFrames, Codec, pictures
+from mmspec.adapters.block_frames import NUM_PREVIOUS, BlockFrames, Codec, pictures
 from mmspec.block_records import (
     BlockPlace,
     BlockProposal,
@@ -30,6 +31,7 @@ from mmspec.block_records import (
     BlockView,
     Judgement,
 )
+from mmspec.latent_preview import LinearPreview
 from mmspec.records import Guarantee, Outcome, Plan, StepRecord
 
 
@@ -137,7 +139,12 @@ class VideoRow:
     """
 
     def __init__(
-        self, noise: Tensor, block_sizes: Sequence[int], prompt: Prompt, codec: Codec
+        self,
+        noise: Tensor,
+        block_sizes: Sequence[int],
+        prompt: Prompt,
+        codec: Codec,
+        preview: LinearPreview | None = None,
     ) -> None:
         """Starts a video.
 
@@ -146,6 +153,7 @@ class VideoRow:
             block_sizes: Latent frames of each block.
             prompt: The prompt.
             codec: Decodes the blocks.
+            preview: Makes cheap pictures of latents, for routers that ask for them.
         """
         self._noises = noise.split(list(block_sizes), dim=2)
         # A seed of its own from the noise: it is there too where the noise was passed in.
@@ -153,6 +161,8 @@ class VideoRow:
         self._seed = int.from_bytes(digest, "little", signed=True)
         self.context = Context(prompt)
         self.frames = BlockFrames(codec)
+        self._starts_anew = not codec.remembers
+        self._preview = preview
         self.history: list[Judgement | None] = []
         self.records: list[BlockRecord] = []
 
@@ -197,9 +207,31 @@ class VideoRow:
             last = self.frames.last()
             return None if last is None else pictures(last)
 
-        latents = draft[0].transpose(0, 1)
-        return BlockView(
-            place=self.place, latents_FCHW=latents, frames=frames, previous_frames=previous
+        view = BlockView(
+            place=self.place,
+            latents_FCHW=draft[0].transpose(0, 1),
+            frames=frames,
+            previous_frames=previous,
+        )
+        return view if self._preview is None else replace(view, preview=self._previewed(view))
+
+    def _previewed(self, view: BlockView) -> BlockView:
+        """The block and the one before it by their previews, each made once, when asked for."""
+        make, blocks = self._preview, self.context.blocks
+        assert make is not None
+
+        def of_block(latents_FCHW: Tensor, index: int) -> Tensor:
+            return make(latents_FCHW, is_start=index == 0 or self._starts_anew)
+
+        def previous() -> Tensor | None:
+            if not blocks:
+                return None
+            return of_block(blocks[-1][0].transpose(0, 1), len(blocks) - 1)[-NUM_PREVIOUS:]
+
+        return replace(
+            view,
+            frames=cache(lambda: of_block(view.latents_FCHW, len(blocks))),
+            previous_frames=cache(previous),
         )
 
     def commit(self, latents: Tensor, judgement: Judgement | None, record: BlockRecord) -> None:

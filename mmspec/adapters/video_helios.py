@@ -135,6 +135,8 @@ class HeliosModel:
 class ChunkCodec(WanCodec):
     """Decodes every block as if it were the first."""
 
+    remembers = False
+
     def decode(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
         """As `Codec.decode`, without a state."""
         return super().decode(latents, None)[0], None

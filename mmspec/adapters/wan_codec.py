@@ -19,6 +19,8 @@ from mmspec.checks import require
 class WanCodec:
     """`AutoencoderKLWan` with a memory for each video."""
 
+    remembers = True
+
     def __init__(self, vae: Any) -> None:
         """Keeps the VAE.
 

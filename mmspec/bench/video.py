@@ -28,14 +28,21 @@ from mmspec.bench.measure import (
 )
 from mmspec.bench.report import Output, publish
 from mmspec.bench.tasks import Unavailable, left_out, run_tasks, samples_of
-from mmspec.bench.video_costs import PUBLISHED, Costs
+from mmspec.bench.video_costs import Costs, published_costs
 from mmspec.bench.video_figure import draw_figure
-from mmspec.bench.video_report import measured_costs, sections, summarise
+from mmspec.bench.video_report import (
+    measured_costs,
+    measured_preview_ratio,
+    sections,
+    summarise,
+)
 from mmspec.bench.video_runs import (
     Videos,
+    agreement_rows,
     exit_rows,
     measure_quality,
     measure_scores,
+    score_keys,
     set_thresholds,
     time_tasks,
 )
@@ -46,6 +53,7 @@ from mmspec.bench.video_setups import (
     default_setups,
     load_pair,
     load_scorer,
+    scorer_name,
 )
 from mmspec.checks import require, require_known
 from mmspec.routers.scoring import Scorer
@@ -170,7 +178,7 @@ def compare(
     loaded = _loaded(scorers if chosen is None else _used(chosen), missing)
     if chosen is None:
         chosen = [Setup.parse(name) for name in default_setups(list(loaded), rates, pair)]
-    listed = [setup for setup in chosen if set(setup.scorers) <= set(loaded)]
+    listed = [setup for setup in chosen if set(map(scorer_name, setup.scorers)) <= set(loaded)]
     require(len(listed) > 0, "setups", "one or more whose scorers have weights", missing)
     _check_stitches(pair, listed)
     device = pair.target._execution_device
@@ -179,8 +187,7 @@ def compare(
     videos = Videos(pair=pair, scorers=loaded, store=store, seed=seed, variant=variant, chunk=CHUNK)
     measured = range(sizes["prompts"])
     held_back = range(pair.num_judged, pair.num_judged + sizes["calibration"])
-    scored = dict.fromkeys(key[:2] for setup in listed for key in setup.threshold_keys)
-    measure_scores(videos, list(scored), held_back, output.say)
+    measure_scores(videos, score_keys(listed), held_back, output.say)
     bars = set_thresholds(videos, listed, held_back)
     tasks = time_tasks(videos, listed, measured[: sizes["timed"]])
     run_tasks(tasks, sizes["repeats"], store, budget, output.say)
@@ -192,16 +199,18 @@ def compare(
     found = [store.samples[key] for key in keys if key in store]
     prices, picture_s = _prices(costs, times, pair, listed)
     rows, exits = [], exit_rows(videos, listed, held_back)
+    agreements = agreement_rows(videos, listed, held_back)
     if times or costs == "published":
         rows = summarise(listed, found, times, prices, picture_s, seed=seed)
         rows = [row | bars[row["setup"]] for row in rows]
-    tables = sections(rows, exits, prices, picture_s, pair.drafter_steps)
+    ratio = measured_preview_ratio(times, pair.num_blocks)
+    tables = sections(rows, exits, agreements, prices, picture_s, pair.drafter_steps, ratio)
     for title, text in tables:
         output.show(title, text)
     line = final_line(
         "video",
         facts,
-        [*rows, *exits],
+        [*rows, *exits, *agreements],
         left_out=missing,
         failures=_failures(times),
         time_s=budget.elapsed_s,
@@ -220,7 +229,8 @@ def _prices(
     if costs == "measured":
         return measured_costs(times, pair.num_blocks)
     scorers = ["+".join(setup.scorers) for setup in setups if setup.scorers]
-    return PUBLISHED, dict.fromkeys(scorers, PUBLISHED.picture)
+    prices = published_costs(measured_preview_ratio(times, pair.num_blocks))
+    return prices, dict.fromkeys(scorers, prices.picture)
 
 
 def _rate(text: str) -> float:
@@ -252,7 +262,7 @@ def _check_stitches(pair: Pair, setups: Sequence[Setup]) -> None:
 
 
 def _used(setups: Sequence[Setup]) -> list[str]:
-    return list(dict.fromkeys(name for setup in setups for name in setup.scorers))
+    return list(dict.fromkeys(name for setup in setups for name in map(scorer_name, setup.scorers)))
 
 
 def _loaded(names: Sequence[str], missing: list[str]) -> dict[str, Scorer]:

@@ -10,8 +10,8 @@ from mmspec.bench.video_setups import BASELINES, baseline_of
 
 #: Drawn twice as large and reduced, for smooth lines.
 SCALE = 2
-WIDTH, HEIGHT = 960, 600
-LEFT, RIGHT, TOP, BOTTOM = 70, 250, 40, 60
+WIDTH, HEIGHT = 1080, 600
+LEFT, RIGHT, TOP, BOTTOM = 70, 370, 40, 60
 #: Of the list of names beside the plot.
 LINE = 16
 #: Colour of setups whose name begins so or, behind "+", holds such a part; the first that fits.

@@ -203,12 +203,14 @@ class PooledCodec:
 
     Attributes:
         num_decoded: Blocks that a single video would have decoded.
+        remembers: That of the codec.
     """
 
     def __init__(self, pool: Pool, codec: Codec) -> None:
         """Keeps the two."""
         self._pool = pool
         self._codec = codec
+        self.remembers = codec.remembers
         self.num_decoded = 0
 
     def decode(self, latents: Tensor, state: PooledState | None) -> tuple[Tensor, PooledState]:

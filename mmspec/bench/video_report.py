@@ -10,15 +10,18 @@ from mmspec.bench.report import Section, percent, table
 from mmspec.bench.video_costs import (
     BATCHED,
     JUDGING_GOAL,
-    PUBLISHED,
     Costs,
     Counts,
     affordable,
+    is_within,
+    published_costs,
     published_rows,
     published_section,
+    published_sight_rows,
+    published_sight_section,
 )
 from mmspec.bench.video_runs import DIFFUSERS
-from mmspec.bench.video_setups import BASELINES, Setup, baseline_of
+from mmspec.bench.video_setups import BASELINES, Setup, baseline_of, scorer_name
 from mmspec.bench.video_statistics import Estimate, Paired
 
 PHASES = ("target", "draft", "decode", "judge", "rest")
@@ -42,15 +45,23 @@ def measured_costs(samples: Sequence[Sample], num_blocks: int) -> tuple[Costs, d
     pictures: dict[str, list[float]] = defaultdict(list)
     for s in ours:
         if s["pictures"]:
-            pictures["+".join(s["scorers"])].append(s["phases_s"]["judge"] / s["pictures"])
+            scoring_s = s["phases_s"]["judge"] - s["preview_s"]
+            pictures["+".join(s["scorers"])].append(scoring_s / s["pictures"])
     names = ("target_forward", "target_read", "drafter_forward", "drafter_read")
     forwards = {name: of(name) for name in names}
     costs = Costs(
         **forwards,
         decode=(median(s["phases_s"]["decode"] for s in plain) or 0.0) / num_blocks,
+        preview=median(s["preview_s"] / s["previews"] for s in ours if s["previews"]) or 0.0,
         rest=max(0.0, median(s["phases_s"]["rest"] for s in plain) or 0.0),
     )
     return costs, {name: median(found) or 0.0 for name, found in pictures.items()}
+
+
+def measured_preview_ratio(samples: Sequence[Sample], num_blocks: int) -> float:
+    """Seconds of a block's previews over those of decoding it; 1 where either is not measured."""
+    costs, _ = measured_costs(samples, num_blocks)
+    return costs.preview / costs.decode if costs.preview and costs.decode else 1.0
 
 
 def summarise(
@@ -146,6 +157,9 @@ def _time_row(
         "first_s": median(s["first_s"] for s in own),
         "wall_diffusers_s": median(theirs.values()),
         "phases_s": phases,
+        "judging_wall_share": median(
+            (s["phases_s"]["judge"] + s["vain_s"]) / s["time_s"] for s in own
+        ),
     }
 
 
@@ -183,29 +197,36 @@ def _milli(seconds: float | None) -> float | None:
 def sections(
     rows: Sequence[Sample],
     exits: Sequence[Sample],
+    agreements: Sequence[Sample],
     costs: Costs,
     picture_s: Mapping[str, float],
     drafter_steps: int,
+    preview_ratio: float,
 ) -> list[Section]:
     """All tables."""
     if not rows:
         return []
     refused = refused_share(exits)
     published = published_rows(refused)
+    loops = _loop_table(rows, drafter_steps, preview_ratio)
+    sights = published_sight_rows(preview_ratio)
     return [
         (f"Quality and time, {rows[0]['num_prompts']} prompts", _quality_table(rows)),
         ("Quality over the baselines, at equal time and at equal share", _baseline_table(rows)),
         ("What was done per video", _count_table(rows)),
         ("Seconds per video, timed", _phase_table(rows)),
         ("Prices", _price_table(costs, picture_s)),
+        ("Decisions of a scorer that is shown less", _agreement_table(agreements)),
         ("Early exit: pictures scored of a refused draft", _exit_table(exits)),
-        ("The same decisions in two loops, at published prices", _loop_table(rows, drafter_steps)),
+        ("The same decisions in two loops, at published prices", loops),
         published_section(published, refused),
+        published_sight_section(sights, preview_ratio),
     ]
 
 
 def refused_share(exits: Sequence[Sample]) -> float:
-    """Mean share of the pictures that is scored of a refused draft, over all that were refused."""
+    """Mean share of the pictures that is scored of a refused draft, where all are shown."""
+    exits = [row for row in exits if row["scorer"] == scorer_name(row["scorer"])]
     refused = sum(row["refused"] for row in exits)
     scored = sum(row["refused"] * row["first"] for row in exits if row["refused"])
     return scored / refused if refused else 1.0
@@ -230,6 +251,25 @@ def _exit_table(exits: Sequence[Sample]) -> str:
     words = (
         "On the drafts that the thresholds were made from, one picture at a time, until the first "
         "below the threshold. The decision is the same in every order."
+    )
+    return f"{words}\n\n{table(headers, lines)}"
+
+
+def _agreement_table(agreements: Sequence[Sample]) -> str:
+    lines = [
+        [
+            "+".join(filter(None, [row["base"], f"{row['scorer']}@{row['rate']:g}"])),
+            row["drafts"],
+            *(percent(row[name]) for name in ("own_threshold", "same_threshold", "by_chance")),
+        ]
+        for row in agreements
+    ]
+    headers = ["router", "drafts", "own threshold", "threshold of the full scorer", "by chance"]
+    words = (
+        "Share of the drafts that the thresholds were made from on which the decision is that of "
+        "the same scorer on all decoded pictures, at the same accept rate. *Own threshold*: made "
+        "from what it is shown, as in the tables above. *By chance*: two that keep as many, "
+        "independently."
     )
     return f"{words}\n\n{table(headers, lines)}"
 
@@ -320,24 +360,27 @@ def _phase_table(rows: Sequence[Sample]) -> str:
         [
             row["setup"],
             *(f"{row['phases_s'][phase]:.4f}" for phase in PHASES),
-            percent(row["phases_s"]["judge"] / sum(row["phases_s"].values())),
             percent(row["judging_share"]),
             percent(row["judging_decoding_share"]),
+            percent(row["judging_wall_share"]),
+            is_within(max(row["judging_decoding_share"], row["judging_wall_share"])),
             f"{row['first_s']:.4f}",
             row["num_timed"],
             percent(row["same_blocks"]),
         ]
         for row in timed
     ]
-    headers = ["setup", *PHASES, "judging, wall", "judging, model"]
-    headers += ["with decoding refused drafts", "first block", "videos", "same blocks"]
+    goal = percent(JUDGING_GOAL)
+    headers = ["setup", *PHASES, "judging, model", "with decoding refused drafts, model"]
+    headers += ["the same, wall", f"at most {goal}", "first block", "videos", "same blocks"]
     whole = f"{timed[0]['wall_diffusers_s']:.4f}" if timed else "–"
     words = (
         "Goal for judging, with decoding refused drafts: at most "
-        f"{percent(JUDGING_GOAL)}. *Judging* is scoring pictures; the next column adds the decodes "
-        "beyond the blocks (counts times prices). *First block*: seconds from the call to its "
-        f"pictures; those of diffusers' call come after {whole}. *Same blocks*: of the timed "
-        "videos, those whose blocks came about as in the batches of the videos for quality; "
+        f"{goal}, by both. *Judging* is scoring pictures and making previews; the next columns add "
+        "the decodes beyond the blocks (*model*: counts times prices; *wall*: refused drafts of "
+        "the timed videos, each as long as their mean decode). *First block*: seconds from the "
+        f"call to its pictures; those of diffusers' call come after {whole}. *Same blocks*: of the "
+        "timed videos, those whose blocks came about as in the batches of the videos for quality; "
         "rounding may move a score across its threshold."
     )
     return f"{words}\n\n{table(headers, lines)}"
@@ -350,10 +393,10 @@ def _price_table(costs: Costs, picture_s: Mapping[str, float]) -> str:
     return table(["of one", "ms"], lines)
 
 
-def _loop_table(rows: Sequence[Sample], drafter_steps: int) -> str:
+def _loop_table(rows: Sequence[Sample], drafter_steps: int, preview_ratio: float) -> str:
     """What our counts, and those of SDVG's loop for the same decisions, cost there."""
     lines = []
-    batched = Costs(**asdict(PUBLISHED) | {"picture": BATCHED * PUBLISHED.picture})
+    alone, batched = (published_costs(preview_ratio, price) for price in (1.0, BATCHED))
     for row in rows:
         ours, blocks = Counts(**row["counts"]), row["num_blocks"]
         theirs = Counts(
@@ -365,24 +408,26 @@ def _loop_table(rows: Sequence[Sample], drafter_steps: int) -> str:
                 "pictures": row["offered"],
             }
         )
-        limit = affordable(batched, ours)
+        shares = [one.judging_share(ours, row["decodes_beyond"]) for one in (alone, batched)]
         lines.append(
             [
                 row["setup"],
-                *(PUBLISHED.seconds(counts) for counts in (theirs, ours)),
+                *(alone.seconds(counts) for counts in (theirs, ours)),
                 batched.seconds(ours),
-                *(percent(PUBLISHED.judging_share(counts)) for counts in (theirs, ours)),
+                *(percent(alone.judging_share(counts)) for counts in (theirs, ours)),
                 percent(batched.judging_share(ours)),
-                percent(batched.judging_share(ours, row["decodes_beyond"])),
-                _milli(limit),
+                *(word for one in shares for word in (percent(one), is_within(one))),
             ]
         )
+    goal = percent(JUDGING_GOAL)
     headers = ["setup", "SDVG's loop s", "ours s", "ours, batched s"]
     headers += ["judging, SDVG's", "judging, ours", "judging, batched"]
-    headers += ["with decoding refused drafts", "ms/picture for 5 % without decoding"]
+    headers += ["with decoding refused drafts", f"at most {goal}"]
+    headers += ["with decoding, batched", f"at most {goal}, batched"]
     words = (
         "Counts of this run with the prices of the published models (ImageReward for every "
-        "scorer). SDVG's loop reads with both models before each block, drafts every block and "
-        "scores every picture; ours is as counted."
+        "scorer; a preview at its measured share of a decode). SDVG's loop reads with both models "
+        "before each block, drafts every block and scores every picture that is shown; ours is as "
+        "counted."
     )
     return f"{words}\n\n{table(headers, lines)}"

@@ -20,6 +20,8 @@ from mmspec.bench.video_setups import (
     Setup,
     Thresholds,
     TransformerClock,
+    scorer_name,
+    sight_of,
 )
 from mmspec.pipelines.video import SpeculativeVideoPipeline
 from mmspec.pipelines.video_stream import VideoOutput
@@ -66,9 +68,22 @@ class Videos:
         bars = [f"{self.thresholds[key]:.9g}" for key in setup.threshold_keys]
         return f"video/{self.key}/{'/'.join([setup.name, *bars])}/{index}"
 
+    def scores(self, base: str, scorer: str, indices: Iterable[int]) -> list[float]:
+        """Recorded scores of the drafts of some prompts; NaN of what could not be judged."""
+        names = [f"scores/{self.key}/{base}+{scorer}/{index}" for index in indices]
+        found = [one for name in names for one in self.store.samples[name]["scores"]]
+        return [float("nan") if one is None else one for one in found]
+
     def noise(self, index: int) -> torch.Generator:
         """What the video of a prompt is made from, in every setup."""
         return torch.Generator().manual_seed(self.seed + index)
+
+    def metered(
+        self, scorer: str, meter: Meter, results: dict[Any, list[Tensor]] | None = None
+    ) -> MeteredScorer:
+        """A scorer as a setup names it, counted."""
+        one = self.scorers[scorer_name(scorer)]
+        return MeteredScorer(one, meter, results, on=sight_of(scorer).on)
 
     def call(self, setup: Setup, index: int) -> dict[str, Any]:
         """Arguments of our call, but the router."""
@@ -80,6 +95,13 @@ class Videos:
 
 
 # --------------------------------------------------------------------------- in a pool
+
+
+def score_keys(setups: Iterable[Setup]) -> list[ScoreKey]:
+    """What scores thresholds are made from; where a scorer is shown less, also those of all."""
+    keys = [key[:2] for setup in setups for key in setup.threshold_keys]
+    full = [(base, scorer_name(one)) for base, one in keys]
+    return list(dict.fromkeys([*keys, *full]))
 
 
 def measure_scores(
@@ -124,9 +146,7 @@ def set_thresholds(
     for setup in setups:
         bars = []
         for base, scorer, rate in setup.threshold_keys:
-            names = [f"scores/{videos.key}/{base}+{scorer}/{index}" for index in indices]
-            scores = [one for name in names for one in videos.store.samples[name]["scores"]]
-            numbers = [float("nan") if one is None else one for one in scores]
+            numbers = videos.scores(base, scorer, indices)
             bar = calibrate(scorer, numbers, accept_rate=rate).threshold
             videos.thresholds[base, scorer, rate] = bar
             bars.append(bar)
@@ -183,9 +203,8 @@ def _pooled(
             meter = Meter()
             pipe = PooledVideoPipeline(pair.target, pair.drafter, pool)
             pipe.set_progress_bar_config(disable=True)
-            router = setup.router(
-                thresholds, lambda name: MeteredScorer(videos.scorers[name], meter, results)
-            )
+            pipe.preview = pair.preview
+            router = setup.router(thresholds, lambda one: videos.metered(one, meter, results))
             out = pipe(pair.prompts[index], router=router, **videos.call(setup, index))
             figures = _figures(out, meter) | {"decodes": pipe.num_decoded}
             return out, figures | {"picture_scores": list(meter.scores.values())}
@@ -207,6 +226,29 @@ def exit_rows(videos: Videos, setups: Sequence[Setup], indices: Sequence[int]) -
         of_videos = [videos.store.samples[name]["picture_scores"] for name in names]
         row = {"type": "exit", "base": base, "scorer": scorer, "rate": rate}
         rows.append(row | count_exits(of_videos, bar))
+    return rows
+
+
+def agreement_rows(videos: Videos, setups: Sequence[Setup], indices: Sequence[int]) -> list[Sample]:
+    """How often a scorer that is shown less decides as it does where it sees all.
+
+    Counted on the drafts that thresholds are made from, which are the same for both.
+    """
+    rows = []
+    for base, scorer, rate in dict.fromkeys(key for s in setups for key in s.threshold_keys):
+        plain = scorer_name(scorer)
+        if plain == scorer:
+            continue
+        less, full = (videos.scores(base, one, indices) for one in (scorer, plain))
+        own, wanted = (calibrate("", one, accept_rate=rate).threshold for one in (less, full))
+        pairs = list(zip(less, full, strict=True))
+
+        def share(bar: float, wanted: float = wanted, pairs: Any = pairs) -> float:
+            return sum((a >= bar) == (b >= wanted) for a, b in pairs) / len(pairs)
+
+        row = {"type": "agreement", "base": base, "scorer": scorer, "rate": rate}
+        row |= {"drafts": len(pairs), "own_threshold": share(own), "same_threshold": share(wanted)}
+        rows.append(row | {"by_chance": rate**2 + (1 - rate) ** 2})
     return rows
 
 
@@ -256,6 +298,7 @@ def _figures(out: VideoOutput, meter: Meter) -> Sample:
         "judged": len(meter.scored),
         "pictures": sum(meter.scored.values()),
         "offered": sum(meter.offered.values()),
+        "previews": meter.previews,
     }
 
 
@@ -281,6 +324,7 @@ def time_tasks(videos: Videos, setups: Sequence[Setup], indices: Sequence[int]) 
     """One task per prompt: diffusers' own call and every setup, back to back."""
     pair = videos.pair
     pipe = SpeculativeVideoPipeline.from_model(pair.target, drafter=pair.drafter)
+    pipe.preview = pair.preview
     for one in (pipe, pair.target):
         one.set_progress_bar_config(disable=True)
 
@@ -311,9 +355,7 @@ def _warm_up(videos: Videos, pipe: SpeculativeVideoPipeline, setups: Sequence[Se
 def _timed(videos: Videos, pipe: SpeculativeVideoPipeline, setup: Setup, index: int) -> System:
     def measure(repeat: int) -> Sample:
         meter = Meter()
-        router = setup.router(
-            videos.thresholds, lambda name: MeteredScorer(videos.scorers[name], meter)
-        )
+        router = setup.router(videos.thresholds, lambda one: videos.metered(one, meter))
         with TransformerClock(pipe.target.transformer) as target:  # noqa: SIM117
             with TransformerClock(pipe.drafter.transformer) as drafter:
                 out, time_s = timed(
@@ -331,8 +373,9 @@ def _timed(videos: Videos, pipe: SpeculativeVideoPipeline, setup: Setup, index: 
             "target": stats.target_time_s,
             "draft": stats.draft_time_s,
             "decode": stats.decode_time_s,
-            "judge": meter.time_s,
+            "judge": meter.time_s + meter.preview_time_s,
         }
+        refused = stats.num_drafted - stats.num_kept if setup.decodes_drafts else 0
         return {
             "time_s": time_s,
             # What is not done in blocks is done before the first.
@@ -347,9 +390,11 @@ def _timed(videos: Videos, pipe: SpeculativeVideoPipeline, setup: Setup, index: 
                     ("drafter_read", drafter.reads),
                 )
             },
+            "vain_s": stats.decode_time_s * refused / (stats.num_blocks + refused),
+            "preview_s": meter.preview_time_s,
             "scorers": list(setup.scorers),
             "frames": out.frames,
-            **{name: figures[name] for name in ("sources", "pictures")},
+            **{name: figures[name] for name in ("sources", "pictures", "previews")},
         }
 
     return measure

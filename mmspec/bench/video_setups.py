@@ -17,9 +17,10 @@ from mmspec.bench.measure import synchronize
 from mmspec.bench.tasks import Unavailable
 from mmspec.block_records import BlockRouter, BlockView
 from mmspec.checks import require, require_known
+from mmspec.latent_preview import LinearPreview
 from mmspec.pipelines.video import SpeculativeVideoPipeline
 from mmspec.routers import ROUTERS, AllRouter, build_router
-from mmspec.routers.scoring import Scorer, ScoringRouter
+from mmspec.routers.scoring import Scorer, ScoringRouter, Sight
 
 #: Judges clips ``[N, F, 3, H, W]`` in [0, 1] by their prompts; "quality" is one of its figures.
 Quality = Callable[[Tensor, Sequence[str]], list[dict[str, float]]]
@@ -50,6 +51,7 @@ class Pair:
         prompts: To make videos of, and behind them those for thresholds.
         num_judged: Of the prompts, those that are judged.
         quality: Judges them. No router may look at what it looks at.
+        preview: Makes cheap pictures of latents, for the setups that look at them.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Pair:
     prompts: Sequence[str]
     num_judged: int
     quality: Quality
+    preview: LinearPreview | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -130,6 +133,7 @@ def load_pair(
         prompts=[entry["prompt"] for entry in (*splits[False], *splits[True])],
         num_judged=len(splits[False]),
         quality=scoring.score_clips,
+        preview=pipe.preview,
     )
 
 
@@ -142,7 +146,8 @@ class Setup:
 
     Attributes:
         name: As ``first-block+temporal@0.5/stitch:2``: of the drafts that temporal sees it keeps
-            half, and where the target writes the drafter takes two steps.
+            half, and where the target writes the drafter takes two steps. What a scorer is shown
+            stands behind it, as ``noise:on=preview&pictures=2@0.5``.
         parts: Of the router.
         stitch: As in a call.
     """
@@ -182,8 +187,13 @@ class Setup:
 
     @property
     def scorers(self) -> tuple[str, ...]:
-        """Names of what it looks at blocks with."""
+        """What it looks at blocks with: names, and what each is shown."""
         return tuple(part.partition("@")[0] for part in self.parts if "@" in part)
+
+    @property
+    def decodes_drafts(self) -> bool:
+        """Whether it looks at decoded pictures."""
+        return any(sight_of(one).on == "decoded" for one in self.scorers)
 
     @property
     def chance(self) -> str | None:
@@ -202,17 +212,37 @@ class Setup:
 
         Args:
             thresholds: By `threshold_keys`.
-            scorer: Gives the scorer of a name.
+            scorer: Gives the scorer of a name, and of what it is shown.
         """
         routers: list[BlockRouter] = []
         for part in self.parts:
             name, at, rate = part.partition("@")
             if at:
                 bar = thresholds[self.base, name, float(rate)]
-                routers.append(ScoringRouter(scorer(name), bar))
+                routers.append(ScoringRouter(scorer(name), bar, sight=sight_of(name)))
             else:
                 routers.append(build_router(part))
         return routers[0] if len(routers) == 1 else AllRouter(routers)
+
+
+def scorer_name(scorer: str) -> str:
+    """The name without what is shown."""
+    return scorer.partition(":")[0]
+
+
+def sight_of(scorer: str) -> Sight:
+    """What a scorer of a setup is shown.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    text = scorer.partition(":")[2]
+    settings = dict(one.split("=", 1) for one in text.split("&") if "=" in one)
+    sight = Sight.from_settings(settings)
+    typed = str(sight).removeprefix(",").replace(",", "&")
+    rule = "on=preview, pictures=N, or both with & between"
+    require(text == typed, f"what {scorer_name(scorer)!r} is shown", rule, text)
+    return sight
 
 
 def _is_rate(text: str) -> bool:
@@ -232,9 +262,23 @@ def default_setups(scorers: Sequence[str], rates: Sequence[float], pair: Pair) -
     for scorer in scorers:
         names += [f"first-block+{scorer}@{rate:g}" for rate in rates]
     names += [f"temporal@{rate:g}" for rate in rates] if "temporal" in scorers else []
+    names += _glances(scorers, rates, pair.preview is not None)
     steps = pair.options["num_inference_steps"]
     shares_of_steps = {max(1, steps * quarters // 4) for quarters in (1, 2, 3)}
     return names + [f"never/stitch:{k}" for k in sorted(shares_of_steps)]
+
+
+def _glances(scorers: Sequence[str], rates: Sequence[float], has_preview: bool) -> list[str]:
+    """Scorers that are shown less: at all rates one of motion, at the middle rate the others."""
+    names = []
+    for scorer in scorers:
+        sees_motion = scorer_class(scorer).sees_motion
+        shown = [] if sees_motion else ["pictures=2"]
+        if has_preview:
+            shown += ["on=preview"] if sees_motion else ["on=preview", "on=preview&pictures=2"]
+        chosen = rates if sees_motion else rates[len(rates) // 2 :][:1]
+        names += [f"first-block+{scorer}:{one}@{rate:g}" for one in shown for rate in chosen]
+    return names
 
 
 def baseline_of(name: str, setups: Sequence[str]) -> list[str]:
@@ -246,22 +290,32 @@ def baseline_of(name: str, setups: Sequence[str]) -> list[str]:
 # --------------------------------------------------------------------------- scorers
 
 
-def load_scorer(name: str) -> Scorer:
-    """A scorer with its own defaults.
+def scorer_class(name: str) -> type[Scorer]:
+    """The class of a scorer.
 
     Raises:
         ValueError: If no router of that name scores pictures.
-        Unavailable: If its weights are missing.
     """
     module, _, attribute = ROUTERS[name].partition(":")
     found: Any = getattr(importlib.import_module(module, "mmspec.routers"), attribute)
     is_scorer = isinstance(found, type) and issubclass(found, Scorer)
     require(is_scorer, "what stands before @", "a router that scores pictures", name)
+    kind: type[Scorer] = found
+    return kind
+
+
+def load_scorer(name: str) -> Scorer:
+    """A scorer with its own defaults.
+
+    Raises:
+        ValueError: As `scorer_class`.
+        Unavailable: If its weights are missing.
+    """
+    kind = scorer_class(name)
     try:
-        scorer: Scorer = found.from_settings({})
+        return kind.from_settings({})
     except (ValueError, OSError) as error:
         raise Unavailable(str(error)) from error
-    return scorer
 
 
 @dataclass(slots=True)
@@ -272,20 +326,29 @@ class Meter:
         scored: Block -> pictures that were scored, by all scorers.
         offered: Block -> pictures that each scorer that was asked would have scored.
         scores: Block -> scores in order, of a scorer that gives all of them at once.
-        time_s: Seconds of scoring, without decoding.
+        time_s: Seconds of scoring, without decoding and previews.
+        previews: Blocks of which previews were made, those before a judged one included.
+        preview_time_s: Seconds of making them.
     """
 
     scored: dict[int, int] = field(default_factory=dict)
     offered: dict[int, int] = field(default_factory=dict)
     scores: dict[int, list[float]] = field(default_factory=dict)
     time_s: float = 0.0
+    previews: int = 0
+    preview_time_s: float = 0.0
 
 
 class MeteredScorer(Scorer):
     """A scorer that is counted and clocked; with ``results`` it also remembers its scores."""
 
     def __init__(
-        self, scorer: Scorer, meter: Meter, results: dict[Any, list[Tensor]] | None = None
+        self,
+        scorer: Scorer,
+        meter: Meter,
+        results: dict[Any, list[Tensor]] | None = None,
+        *,
+        on: str = "decoded",
     ) -> None:
         """Wraps a scorer.
 
@@ -293,17 +356,19 @@ class MeteredScorer(Scorer):
             scorer: The scorer.
             meter: Counts.
             results: Scores of blocks by their pictures, shared by videos; None scores anew.
+            on: What pictures it is shown (`mmspec.routers.scoring.Sight`).
         """
-        names = ("name", "needs_prompt", "typed")
+        names = ("name", "needs_prompt", "sees_motion", "typed")
         vars(self).update({name: getattr(scorer, name) for name in names})
         self._scorer = scorer
         self._meter = meter
         self._results = results
+        self._on = on
 
     def batches(self, block: BlockView) -> Iterator[Tensor]:
         """As the scorer's."""
         index, meter = block.place.index, self._meter
-        meter.offered[index] = meter.offered.get(index, 0) + len(block.frames())
+        meter.offered[index] = meter.offered.get(index, 0) + self._show(block)
         batches = iter(self._remembered(block) if self._results is not None else self._fresh(block))
         while True:
             started = time.perf_counter()
@@ -314,6 +379,16 @@ class MeteredScorer(Scorer):
             meter.scored[index] = meter.scored.get(index, 0) + len(batch)
             meter.scores[index] = batch.tolist()
             yield batch
+
+    def _show(self, block: BlockView) -> int:
+        """Makes the pictures, which scoring then finds made; returns how many there are."""
+        started = time.perf_counter()
+        count = len(block.frames())
+        before = block.previous_frames() if self.sees_motion else None
+        if self._on == "preview":
+            self._meter.preview_time_s += time.perf_counter() - started
+            self._meter.previews += 1 if before is None else 2
+        return count
 
     def _fresh(self, block: BlockView) -> Iterator[Tensor]:
         return self._scorer.batches(block)

@@ -98,6 +98,29 @@ def test_either_model_goes_on_from_the_blocks_of_the_other(pipes, keep):
     assert not torch.equal(mixed.frames[:, :, 2:4], alone[:, :, 2:4])
 
 
+def test_previews_start_anew_with_every_block(pipes):
+    pipe = SpeculativeVideoPipeline.from_model(pipes[0], drafter=pipes[1])
+    pipe.set_progress_bar_config(disable=True)
+    options = {"block_sizes": SIZES, "prompt_embeds": embeds(), "guidance_scale": 1.0, **CALL}
+    # Cut off at the end of a video are pictures, not latents.
+    preview = pipe.fit_preview([options | {"router": "always", "generator": seeded()}])
+    assert (preview.channels, preview.scale, preview.pictures_per_frame) == (16, 8, 4)
+    seen = []
+
+    class Looking(Scripted):
+        def judge(self, block):
+            seen.append((block.preview.frames(), block.preview.previous_frames()))
+            return super().judge(block)
+
+    options |= {"router": Looking([True] * 3), "generator": seeded(), "output_type": "latent"}
+    blocks = pipe(**options).frames[0].transpose(0, 1).split(SIZES)
+    for index, (made, before) in enumerate(seen):
+        assert torch.equal(made, preview(blocks[index], is_start=True))
+        assert len(made) == 5
+        if index:
+            assert torch.equal(before, preview(blocks[index - 1], is_start=True)[-4:])
+
+
 def test_what_does_not_fit_is_refused(pipes):
     cases = [
         ({"num_frames": 16}, "num_frames must be 15 for 3 blocks of 2 latent frames, got 16"),

@@ -16,6 +16,7 @@ from mmspec.bench.report import Output
 from mmspec.bench.video_pool import Pool, PooledVideoPipeline
 from mmspec.bench.video_setups import Pair, Setup, default_setups, load_pair
 from mmspec.bench.video_statistics import Paired, best_until, interpolated
+from mmspec.latent_preview import LinearPreview
 from mmspec.pipelines import SpeculativeVideoPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -24,7 +25,8 @@ OPTIONS = {"num_frames": NUM_FRAMES, "height": SIDE, "width": SIDE, "num_inferen
 OPTIONS |= {"max_sequence_length": 8, "block_sizes": list(BLOCKS)}
 PROMPTS = ["a cat runs", "a dog runs", "the cat sleeps", "a dog on the lawn", "the lawn", "a cat"]
 SETUPS = "never,always,first-block,random:0.5,every:2,first-block+temporal@0.5,never/stitch:1"
-SETUPS += ",first-block+sharpness@0.9+noise@0.5"
+SETUPS += ",first-block+sharpness@0.9+noise@0.5,first-block+noise:on=preview&pictures=2@0.5"
+SETUPS += ",first-block+temporal:on=preview@0.5"
 
 
 def brightness(frames, prompts):
@@ -40,8 +42,17 @@ def pair():
         DenseAttention(one.transformer).install()
     return Pair(
         name="tiny", target=target, drafter=drafter, options=OPTIONS, prompts=PROMPTS,
-        num_judged=4, quality=brightness,
+        num_judged=4, quality=brightness, preview=random_preview(),
     )  # fmt: skip
+
+
+def random_preview():
+    torch.manual_seed(9)
+    tensors = {}
+    for kind, size in {"first": 3 * 64, "later": 4 * 3 * 64}.items():
+        tensors[f"{kind}.weight"] = 0.02 * torch.randn(size, 16)
+        tensors[f"{kind}.bias"] = torch.full((size,), 0.5)
+    return LinearPreview(tensors)
 
 
 def measure(pair, out, *, setups=SETUPS, minutes=None, **sizes):
@@ -69,11 +80,11 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
     assert (line["failures"], line["left_out"]) == ([], [])
     rows = {row["setup"]: row for row in line["rows"] if row["type"] == "setup"}
     assert {row["same_blocks"] for row in rows.values()} == {1}
-    assert len([row for row in line["rows"] if row["type"] == "exit"]) == 3
+    assert len([row for row in line["rows"] if row["type"] == "exit"]) == 5
     assert list(rows) == SETUPS.split(",")
     assert rows["never"]["counts"] == {
         "target_forwards": 6, "target_reads": 2, "drafter_forwards": 0, "drafter_reads": 0,
-        "decodes": 3, "pictures": 0,
+        "decodes": 3, "pictures": 0, "previews": 0,
     }  # fmt: skip
     assert rows["first-block"]["counts"]["target_reads"] == 0
     assert rows["first-block"]["share_kept"] == pytest.approx(2 / 3, abs=1e-4)
@@ -87,6 +98,7 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
     assert judged["judging_decoding_share"] > judged["judging_share"] > 0
     assert rows["first-block"]["judging_decoding_share"] == 0
     assert all(0 < row["first_s"] <= row["wall_s"] for row in rows.values())
+    check_glances(line, rows)
     # Chance behind a first block has its two ends here: all drafts kept, and none.
     assert len(judged["over_chance"]) == 3
     assert rows["first-block"]["over_chance"] is None
@@ -95,7 +107,7 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
     assert set(judged["over"]) == {"random", "first-block+random", "every"}
     [picture] = tmp_path.glob("video_*.png")
     with Image.open(picture) as drawn:
-        assert drawn.size == (960, 600)
+        assert drawn.size == (1080, 600)
 
     # The same command has nothing left to do; another prompt is added to what is there.
     samples = (tmp_path / "video.jsonl").read_text()
@@ -108,6 +120,22 @@ def test_a_run_ends_with_its_line_resumes_and_draws(pair, tmp_path, capsys):
     assert {json.loads(one)["prompt"] for one in added} == {2}
     [report] = tmp_path.glob("video_*.md")
     assert "| never/stitch:1" in report.read_text()
+
+
+def check_glances(line, rows):
+    # A preview of a judged draft, and of the block before where motion is seen.
+    glance, motion = (rows[name] for name in SETUPS.split(",")[-2:])
+    assert (glance["counts"]["previews"], motion["counts"]["previews"]) == (2, 4)
+    assert (glance["counts"]["pictures"], motion["counts"]["pictures"]) == (4, 12)
+    for row in (glance, motion):
+        assert row["decodes_beyond"] == 0
+        assert row["judging_decoding_share"] == row["judging_share"] > 0
+        assert row["judging_wall_share"] > 0
+    agreed = [row for row in line["rows"] if row["type"] == "agreement"]
+    assert [(row["scorer"], row["drafts"]) for row in agreed] == [
+        ("noise:on=preview&pictures=2", 4), ("temporal:on=preview", 4),
+    ]  # fmt: skip
+    assert all(0 <= row["own_threshold"] <= 1 and row["by_chance"] == 0.5 for row in agreed)
 
 
 def test_what_the_time_did_not_allow_is_said(pair, tmp_path):
@@ -266,6 +294,9 @@ def test_the_default_setups_can_be_made(pair):
     assert len(set(names)) == len(names) > 15
     assert "never/stitch:1" in names
     assert "every:3" not in names
+    shown = [name for name in names if ":on=" in name or ":pictures=" in name]
+    assert len(shown) == 6
+    assert "first-block+sharpness:on=preview&pictures=2@0.5" in shown
     for name in names:
         assert Setup.parse(name).name == name
 
@@ -278,6 +309,8 @@ def test_the_default_setups_can_be_made(pair):
         ("first-block+temporal@2", r"the accept rate of 'temporal' must be a number in \(0, 1\)"),
         ("random", "the argument of router 'random'"),
         ("temporal", "the argument of router 'temporal' must be a threshold"),
+        ("temporal:see=seam@0.5", "what 'temporal' is shown must be on=preview, pictures=N, or"),
+        ("noise:pictures=0@0.5", "pictures must be an integer >= 1"),
     ],
 )
 def test_a_setup_that_is_none_is_refused(name, message):

@@ -11,8 +11,10 @@ from mmspec.bench.video_costs import (
     Decisions,
     affordable,
     published_alone,
+    published_costs,
     published_decisions,
     published_rows,
+    published_sight_rows,
 )
 
 
@@ -64,6 +66,33 @@ def test_counts_of_both_loops_by_hand():
         decodes=6,
         pictures=6,
     )
+
+
+def test_previews_save_the_decodes_of_refused_drafts_and_cost_their_own():
+    decisions = Decisions(num_blocks=4, num_kept=1, num_steps=2, pictures_per_block=12)
+    counts = decisions.as_ours(on="preview", pictures=2)
+    # Three drafts are judged, each by two pictures; only the four blocks are decoded.
+    assert (counts.decodes, counts.pictures, counts.previews) == (4, 6, 3)
+    costs = published_costs(0.01, 0.25)
+    assert costs.phases(counts)["judge"] == pytest.approx(6 * 0.25 * 0.14 + 3 * 0.013)
+    limit = affordable(costs, counts)
+    exact = Costs(**vars_of(costs) | {"picture": limit})
+    assert exact.judging_share(counts) == pytest.approx(0.05)
+
+
+def test_the_first_published_row_by_what_a_scorer_is_shown():
+    rows = {(r["on"], r["pictures"], r["price"]): r for r in published_sight_rows(0.01)}
+    # As in the test of the row above: 1.421 refused of 8 judged.
+    others = 5 * 2.421 * 1.66 + 40 * 0.06 + 1.421 * 0.8 * 1.66 + 8 * 0.8 * 0.06 + 9 * 1.3
+    for price in (1.0, 0.25):
+        for number in (12, 2):
+            scoring = 8 * number * price * 0.14
+            preview, decoded = (rows[on, number, price] for on in ("preview", "decoded"))
+            judging = scoring + 8 * 0.013
+            assert preview["judging"]["-0.7"] == pytest.approx(judging / (others + judging))
+            judging = scoring + 1.421 * 1.3
+            assert decoded["judging"]["-0.7"] == pytest.approx(judging / (others + judging))
+            assert preview["seconds"]["-0.7"] < decoded["seconds"]["-0.7"]
 
 
 def test_seconds_shares_and_what_a_picture_may_cost():

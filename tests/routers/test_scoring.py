@@ -8,7 +8,8 @@ import torch
 from blocks import place, view
 
 from mmspec.routers import build_router
-from mmspec.routers.scoring import Scorer, ScoringRouter, spread_batches
+from mmspec.routers.scoring import Scorer, ScoringRouter, Sight, spread_batches
+from mmspec.routers.sharpness import NoiseScorer
 from mmspec.routers.temporal import TemporalScorer
 from mmspec.routers.thresholds import FixedThreshold, RunningQuantile, score_at_rate
 
@@ -148,3 +149,50 @@ def test_a_threshold_must_be_a_number():
         FixedThreshold(math.nan)
     with pytest.raises(ValueError, match="threshold must be a number or a Threshold, got 'low'"):
         ScoringRouter(Reading(), "low")
+
+
+# --------------------------------------------------------------------------- what is shown
+
+
+@pytest.mark.parametrize(
+    ("most", "shown"),
+    [(1, [5]), (2, [0, 11]), (3, [0, 6, 11]), (4, [0, 4, 7, 11]), (12, range(12)), (20, range(12))],
+)
+def test_a_few_pictures_are_spread_over_the_block(most, shown):
+    scorer = Reading(2)
+    frames = frames_of([float(k) for k in range(12)])
+    judged = ScoringRouter(scorer, -1.0, sight=Sight(pictures=most)).judge(view(frames))
+    assert (judged.score, scorer.num_scored) == (min(shown), len(shown))
+    picked = Sight(pictures=most).of(view(frames)).frames()
+    assert picked[:, 0, 0, 0].tolist() == list(shown)
+
+
+def test_what_is_shown_is_part_of_the_name_of_a_score():
+    typed = build_router("noise:-0.5,pictures=2,on=preview")
+    built = ScoringRouter(NoiseScorer(), -0.5, sight=Sight(on="preview", pictures=2))
+    assert typed.score_name == built.score_name == "noise,on=preview,pictures=2"
+    assert built.name == "noise:-0.5,on=preview,pictures=2"
+    assert build_router("noise:-0.5,on=decoded").score_name == "noise"
+    assert (typed.needs_preview, build_router("noise:0").needs_preview) == (True, False)
+    assert build_router("first-block+noise:0,on=preview").needs_preview
+    with pytest.raises(ValueError, match="view of a block must be with previews, got None"):
+        typed.judge(view(frames_of([1.0])))
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ("noise:0,on=latents", "on must be 'decoded' or 'preview', got 'latents'"),
+        ("noise:0,pictures=0", "pictures must be an integer >= 1, got 0"),
+        ("noise:0,pictures=few", "pictures must be an integer >= 1, got 'few'"),
+        ("temporal:0,pictures=2", "unknown setting of router 'temporal' 'pictures'"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(router, message):
+    with pytest.raises(ValueError, match=message):
+        build_router(router)
+
+
+def test_motion_is_not_seen_in_a_few_pictures():
+    with pytest.raises(ValueError, match="pictures must be left out for 'temporal'"):
+        ScoringRouter(TemporalScorer(), 0.0, sight=Sight(pictures=2))
