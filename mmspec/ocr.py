@@ -9,6 +9,7 @@ import glob
 import importlib
 import importlib.util
 import itertools
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 from PIL import Image, ImageFilter
 
 from mmspec.checks import require_known
@@ -81,14 +83,29 @@ class PageText:
     text: str
     words: tuple[Word, ...] = ()
 
-    def between(self, top: int, bottom: int) -> "PageText":
-        """The text of the words whose middle lies between two heights, in pixels."""
-        inside = [word for word in self.words if top <= (word.box[1] + word.box[3]) / 2 < bottom]
-        if not inside:
-            return PageText("")
-        start = inside[0].end - len(inside[0].text)
-        words = tuple(replace(word, end=word.end - start) for word in inside)
-        return PageText(self.text[start : inside[-1].end], words)
+    def between(
+        self, top: float, bottom: float, left: float = -math.inf, right: float = math.inf
+    ) -> "PageText":
+        """The text of the words whose middle lies between these heights and sides, in pixels.
+
+        Where words are left out, the widest of the blanks around them stays.
+        """
+        text, blank, end = "", "", 0
+        words: list[Word] = []
+        for word in self.words:
+            start = word.end - len(word.text)
+            blank = max(blank, self.text[end:start], key=_width_of)
+            end = word.end
+            across, down = (word.box[0] + word.box[2]) / 2, (word.box[1] + word.box[3]) / 2
+            if left <= across < right and top <= down < bottom:
+                text += (blank if words else "") + word.text
+                words.append(replace(word, end=len(text)))
+                blank = ""
+        return PageText(text, tuple(words))
+
+
+def _width_of(blank: str) -> tuple[int, bool, int]:
+    return blank.count("\n"), "\t" in blank, len(blank)
 
 
 _Span = tuple[str, float, Box]
@@ -250,6 +267,13 @@ def line_pitch(grey: Image.Image) -> float | None:
     return float(peaks[similar[peaks] > 0.8 * similar[peaks].max()][0])
 
 
+def find_ink(image: Image.Image, blur: float = _SMOOTHING) -> Bool[np.ndarray, "height width"]:
+    """Where a page differs from its paper; the blur, in pixels, takes the noise."""
+    grey = image.convert("L").filter(ImageFilter.GaussianBlur(blur))
+    pixels = np.asarray(grey, dtype=np.int16)
+    return abs(pixels - np.median(pixels)) > _INK
+
+
 def split_into_bands(image: Image.Image, most: int = 8) -> list[tuple[int, int]]:
     """Cuts a page at its widest empty bands: first and last row, exclusive, of each part.
 
@@ -259,10 +283,7 @@ def split_into_bands(image: Image.Image, most: int = 8) -> list[tuple[int, int]]
         image: The page.
         most: Most parts.
     """
-    grey = image.convert("L").filter(ImageFilter.GaussianBlur(2 * _SMOOTHING))
-    pixels = np.asarray(grey, dtype=np.int16)
-    is_ink = abs(pixels - np.median(pixels)) > _INK
-    has_ink = np.concatenate([[False], is_ink.mean(1) > _INK_OF_A_ROW, [False]])
+    has_ink = np.concatenate([[False], find_ink(image, 2 * _SMOOTHING).mean(1) > _INK_OF_A_ROW, [False]])
     edges = np.flatnonzero(has_ink[1:] != has_ink[:-1]).tolist()
     bands = list(zip(edges[::2], edges[1::2], strict=True))
     if not bands:

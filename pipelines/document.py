@@ -14,7 +14,8 @@ from mmspec.adapters import encoder_decoder
 from mmspec.checks import require, require_generator
 from mmspec.drafters import DrafterSpec, parse_spec
 from mmspec.drafters.trie import NgramTrie
-from mmspec.ocr import PageText, installed_engines, split_into_bands
+from mmspec.layout import split_into_regions
+from mmspec.ocr import Box, PageText, installed_engines
 from mmspec.ocr_reading import OcrReader, PendingReading, Reading
 from mmspec.pipelines.base import SpeculativePipeline, check_positive
 from mmspec.pipelines.document_pages import DocumentOutput, Page, gathered, opened_pages
@@ -333,18 +334,15 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         """Has the model read the parts of each page; what it writes is the page's reference."""
         kept = {name: options[name] for name in options.keys() - _OF_THE_PAGE_ALONE}
         for page in batch:
-            bands = split_into_bands(page.image)
-            if len(bands) < 2:
+            boxes = split_into_regions(page.image)
+            if len(boxes) < 2:
                 continue
             text = page.awaited_reference()
             parts = []
-            for top, bottom in bands:
-                crop = page.image.crop(
-                    (0, max(top - _MARGIN, 0), page.image.width, bottom + _MARGIN)
-                )
-                part = Page(crop, text=text)
+            for left, top, right, bottom in boxes:
+                part = Page(_with_margin(page.image, (left, top, right, bottom)), text=text)
                 if isinstance(text, PageText) and text.words:
-                    part.text = text.between(top, bottom)
+                    part.text = text.between(top, bottom, left, right)
                 parts.append(part)
             spec = _guided(drafter, parts, self.tokenizer, None, False)
             answer = self._ask(
@@ -354,6 +352,13 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
             )
             page.text, page.source = "\n\n".join(map(str.strip, answer.texts)), "regions"
             page.region_stats = answer.stats
+
+
+def _with_margin(page: Image.Image, box: Box) -> Image.Image:
+    """A region of a page, and a little around it."""
+    left, top, right, bottom = box
+    sides = max(left - _MARGIN, 0), max(top - _MARGIN, 0), right + _MARGIN, bottom + _MARGIN
+    return page.crop((*sides[:2], min(sides[2], page.width), min(sides[3], page.height)))
 
 
 def _name_of(drafter: DrafterSpec) -> str:
