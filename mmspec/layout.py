@@ -134,17 +134,21 @@ class _Cutter:
 
     def rows_of(self, box: Box) -> _Region:
         """The rows of a box; as many bands make one as have a gutter in common."""
+        left, _, right, _ = box
         bands = self._bands(box)
+        inked = self._columns(box)
+        across = [(inked[0][0], inked[-1][1])] if inked else []
         rows = []
         while bands:
             row, size = _Row(bands[0], None), 1
-            for number, band in enumerate(bands, 1):
-                joined = (box[0], bands[0][1], box[2], band[3])
-                gaps = self._gaps(joined)
-                if not gaps:
+            for number, (_, _, _, bottom) in enumerate(bands, 1):
+                joined = (left, bands[0][1], right, bottom)
+                spans = self._columns(joined)
+                if spans == across:
                     break
-                gutter = self._gutter(joined, gaps)
-                if gutter:
+                if len(spans) > 1 and all(self._is_column(self._ink[joined[1] : bottom, slice(*at)]) for at in spans):
+                    gaps = [(one[1], other[0]) for one, other in itertools.pairwise(spans)]
+                    gutter = max(gaps, key=lambda gap: gap[1] - gap[0])
                     row, size = _Row(joined, gutter), number
             rows.append(row)
             bands = bands[size:]
@@ -161,38 +165,26 @@ class _Cutter:
             if end - first > _RULE * self._pitch
         ]
 
-    def _gaps(self, box: Box) -> list[tuple[int, int]]:
-        """Gaps from top to bottom of a box, those at its sides included."""
+    def _columns(self, box: Box) -> list[tuple[int, int]]:
+        """Left and right edge of what the gaps from top to bottom of a box leave."""
         left, top, right, bottom = box
-        has_ink = self._ink[top:bottom, left:right].any(0)
-        spans = [span for span in _spans(has_ink) if span[1] - span[0] > _RULE * self._pitch]
-        ends = [left, *(left + end for _, end in spans)]
-        starts = [*(left + first for first, _ in spans), right]
-        gaps = zip(ends, starts, strict=True)
-        return [gap for gap in gaps if gap[1] - gap[0] >= _GUTTER * self._pitch]
-
-    def _gutter(self, box: Box, gaps: list[tuple[int, int]]) -> tuple[int, int] | None:
-        """The widest gap with columns of text at both sides."""
-        left, top, right, bottom = box
-        for end, start in sorted(gaps, key=lambda gap: gap[0] - gap[1]):
-            sides = self._ink[top:bottom, left:end], self._ink[top:bottom, start:right]
-            if all(map(self._is_column, sides)):
-                return end, start
-        return None
+        spans = _spans(self._ink[top:bottom, left:right].any(0))
+        spans = [span for span in spans if span[1] - span[0] > _RULE * self._pitch]
+        closed = _closed(spans, _GUTTER * self._pitch)
+        return [(left + first, left + end) for first, end in closed]
 
     def _is_column(self, ink: _Ink) -> bool:
         """Whether this is lines of text that fill their width."""
-        places = np.flatnonzero(ink.any(0))
-        if not len(places) or places[-1] - places[0] < _LEAST_WIDTH * self._pitch:
+        height, width = ink.shape
+        if width < _LEAST_WIDTH * self._pitch:
             return False
         # Slices instead of lines, since a page that is askew has no empty rows between these.
         filled = []
-        for start in np.arange(0, len(ink), self._pitch).astype(int).tolist():
+        for start in range(0, height, max(round(self._pitch), 1)):
             spans = _spans(ink[start : start + round(self._pitch)].any(0))
             if spans:
                 closed = _closed(spans, _GUTTER * self._pitch)
                 filled.append(sum(end - first for first, end in closed))
-        width = int(places[-1] - places[0]) + 1
         return len(filled) >= _LEAST_LINES and statistics.median(filled) >= _FILLED * width
 
 
