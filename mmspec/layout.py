@@ -18,8 +18,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image, ImageFilter
 
-from mmspec.ocr import Box, find_ink, line_pitch
+from mmspec.ocr import Box
 
+# Standard deviation of the blur, in pixels, that takes the noise of a scan.
+_BLUR = 1.0
+# Ink differs from the paper by so many times the median difference, which is 0.67 standard
+# deviations of the noise, and by at least 32 levels of grey; 64 are enough.
+_NOISE = 9
+_INK = 32, 64
 # In line pitches. Lines stand 0.2 to 0.8 apart, words 0.3, the columns of a paper 1 to 2.
 _BAND = 0.9
 _GUTTER = 0.75
@@ -32,8 +38,10 @@ _SPECK = 0.05
 _LEAST_LINES = 3
 _LEAST_WIDTH = 5
 _FILLED = 0.7
-# Parts of the page's width in which its line pitch is looked for. Columns need not be in step.
-_STRIPS = 6
+# The line pitch is looked for in so many strips, since columns need not be in step and pages may be
+# askew, and is this quantile of the steps from line to line: gaps between paragraphs are longer.
+_STRIPS = 8
+_USUAL = 0.35
 
 _Ink = Bool[np.ndarray, "height width"]
 
@@ -71,7 +79,7 @@ def split_into_regions(image: Image.Image, most: int = 8) -> list[Box]:
         top to bottom, and columns from left to right. One region where no lines can be told apart,
         none on an empty page.
     """
-    ink = find_ink(image)
+    ink = _find_ink(image)
     pitch = _pitch(ink)
     if pitch is not None:
         ink &= _density(ink, pitch) > _SPECK
@@ -146,9 +154,8 @@ class _Cutter:
                 spans = self._columns(joined)
                 if spans == across:
                     break
-                if len(spans) > 1 and all(self._is_column(self._ink[joined[1] : bottom, slice(*at)]) for at in spans):
-                    gaps = [(one[1], other[0]) for one, other in itertools.pairwise(spans)]
-                    gutter = max(gaps, key=lambda gap: gap[1] - gap[0])
+                gutter = self._gutter(joined, spans)
+                if gutter:
                     row, size = _Row(joined, gutter), number
             rows.append(row)
             bands = bands[size:]
@@ -173,6 +180,14 @@ class _Cutter:
         closed = _closed(spans, _GUTTER * self._pitch)
         return [(left + first, left + end) for first, end in closed]
 
+    def _gutter(self, box: Box, spans: list[tuple[int, int]]) -> tuple[int, int] | None:
+        """The widest gap, if there is one and all that it leaves in the box are columns of text."""
+        _, top, _, bottom = box
+        gaps = [(one[1], other[0]) for one, other in itertools.pairwise(spans)]
+        if gaps and all(self._is_column(self._ink[top:bottom, slice(*span)]) for span in spans):
+            return max(gaps, key=lambda gap: gap[1] - gap[0])
+        return None
+
     def _is_column(self, ink: _Ink) -> bool:
         """Whether this is lines of text that fill their width."""
         height, width = ink.shape
@@ -188,18 +203,21 @@ class _Cutter:
         return len(filled) >= _LEAST_LINES and statistics.median(filled) >= _FILLED * width
 
 
+def _find_ink(image: Image.Image) -> _Ink:
+    """Where a page differs from its paper."""
+    grey = image.convert("L").filter(ImageFilter.GaussianBlur(_BLUR))
+    pixels = np.asarray(grey, dtype=np.int16)
+    distance = abs(pixels - np.median(pixels))
+    return np.asarray(distance > np.clip(_NOISE * np.median(distance), *_INK))
+
+
 def _pitch(ink: _Ink) -> float | None:
-    """The usual line pitch of the strips of a page."""
-    # Strokes are counted, for pictures have more ink than text and fewer of them.
-    strokes = Image.fromarray(ink[:, 1:] != ink[:, :-1]).convert("L")
-    edges = [round(index * strokes.width / _STRIPS) for index in range(_STRIPS + 1)]
-    pitches = [
-        line_pitch(strokes.crop((left, 0, right, strokes.height)))
-        for left, right in itertools.pairwise(edges)
-        if left < right
-    ]
-    found = [pitch for pitch in pitches if pitch is not None]
-    return statistics.median_low(found) if found else None
+    """The usual distance of lines that follow each other, in pixels; None if none do."""
+    steps: list[float] = []
+    for strip in np.array_split(ink, _STRIPS, axis=1):
+        middles = [(first + end) / 2 for first, end in _spans(strip.any(1))]
+        steps += [below - above for above, below in itertools.pairwise(middles)]
+    return float(np.quantile(steps, _USUAL)) if steps else None
 
 
 def _density(ink: _Ink, pitch: float) -> Float[np.ndarray, "height width"]:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
 from PIL import Image, ImageFilter
 
 from mmspec.checks import require_known
@@ -267,13 +266,6 @@ def line_pitch(grey: Image.Image) -> float | None:
     return float(peaks[similar[peaks] > 0.8 * similar[peaks].max()][0])
 
 
-def find_ink(image: Image.Image, blur: float = _SMOOTHING) -> Bool[np.ndarray, "height width"]:
-    """Where a page differs from its paper; the blur, in pixels, takes the noise."""
-    grey = image.convert("L").filter(ImageFilter.GaussianBlur(blur))
-    pixels = np.asarray(grey, dtype=np.int16)
-    return abs(pixels - np.median(pixels)) > _INK
-
-
 def split_into_bands(image: Image.Image, most: int = 8) -> list[tuple[int, int]]:
     """Cuts a page at its widest empty bands: first and last row, exclusive, of each part.
 
@@ -283,7 +275,10 @@ def split_into_bands(image: Image.Image, most: int = 8) -> list[tuple[int, int]]
         image: The page.
         most: Most parts.
     """
-    has_ink = np.concatenate([[False], find_ink(image, 2 * _SMOOTHING).mean(1) > _INK_OF_A_ROW, [False]])
+    grey = image.convert("L").filter(ImageFilter.GaussianBlur(2 * _SMOOTHING))
+    pixels = np.asarray(grey, dtype=np.int16)
+    is_ink = abs(pixels - np.median(pixels)) > _INK
+    has_ink = np.concatenate([[False], is_ink.mean(1) > _INK_OF_A_ROW, [False]])
     edges = np.flatnonzero(has_ink[1:] != has_ink[:-1]).tolist()
     bands = list(zip(edges[::2], edges[1::2], strict=True))
     if not bands:

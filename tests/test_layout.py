@@ -11,9 +11,9 @@ from mmspec.layout import split_into_regions
 
 SIZE, PITCH = 16, 24
 TEXT = (
-    "A class can implement certain operations that are invoked by special syntax, such as arithmetic "
-    "or subscripting and slicing, by defining methods with special names. This is the approach of "
-    "the language to operator overloading; it allows classes to define their own behavior. "
+    "A class can implement certain operations that are invoked by special syntax, such as "
+    "arithmetic or subscripting and slicing, by defining methods with special names. This is the "
+    "approach of the language to operator overloading; it allows classes to define their own. "
 )
 TABLE = [
     ["Article", "Region", "Units", "Price"],
