@@ -41,7 +41,7 @@ _FILLED = 0.7
 # The line pitch is looked for in so many strips, since columns need not be in step and pages may be
 # askew, and is this quantile of the steps from line to line: gaps between paragraphs are longer.
 _STRIPS = 8
-_USUAL = 0.35
+_USUAL = 0.3
 
 _Ink = Bool[np.ndarray, "height width"]
 
