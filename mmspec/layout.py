@@ -15,7 +15,7 @@ import statistics
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from PIL import Image, ImageFilter
 
 from mmspec.ocr import Box
@@ -61,6 +61,9 @@ class _Row:
 
 # Rows that lie below each other.
 _Region = tuple[_Row, ...]
+# How early a cut is made: columns first, then what stands above or below columns, then wider gaps.
+_Rank = tuple[int, int]
+_UNCUT: _Rank = (-1, 0)
 
 
 def split_into_regions(image: Image.Image, most: int = 8) -> list[Box]:
@@ -82,7 +85,7 @@ def split_into_regions(image: Image.Image, most: int = 8) -> list[Box]:
     ink = _find_ink(image)
     pitch = _pitch(ink)
     if pitch is not None:
-        ink &= _density(ink, pitch) > _SPECK
+        ink &= _is_dense(ink, pitch)
     rows = np.flatnonzero(ink.any(1))
     if not len(rows):
         return []
@@ -93,16 +96,11 @@ def split_into_regions(image: Image.Image, most: int = 8) -> list[Box]:
     regions = [cutter.rows_of(whole)]
     while len(regions) < most:
         ranks = [_rank(region) for region in regions]
-        place = max(range(len(regions)), key=lambda index: ranks[index])
-        if ranks[place] == _UNCUT:
+        if max(ranks) == _UNCUT:
             break
+        place = ranks.index(max(ranks))
         regions[place : place + 1] = cutter.cut(regions[place])
-    return [_box_of(region) for region in regions] if regions[0] else [whole]
-
-
-# Of a region, how early it is to be cut: columns first, then what stands above or below columns.
-_Rank = tuple[int, int]
-_UNCUT: _Rank = (-1, 0)
+    return [_box_of(region) for region in regions]
 
 
 def _rank(region: _Region) -> _Rank:
@@ -143,7 +141,7 @@ class _Cutter:
     def rows_of(self, box: Box) -> _Region:
         """The rows of a box; as many bands make one as have a gutter in common."""
         left, _, right, _ = box
-        bands = self._bands(box)
+        bands = self._bands(box) or [box]
         inked = self._columns(box)
         across = [(inked[0][0], inked[-1][1])] if inked else []
         rows = []
@@ -195,8 +193,9 @@ class _Cutter:
             return False
         # Slices instead of lines, since a page that is askew has no empty rows between these.
         filled = []
-        for start in range(0, height, max(round(self._pitch), 1)):
-            spans = _spans(ink[start : start + round(self._pitch)].any(0))
+        size = round(self._pitch)
+        for start in range(0, height, size):
+            spans = _spans(ink[start : start + size].any(0))
             if spans:
                 closed = _closed(spans, _GUTTER * self._pitch)
                 filled.append(sum(end - first for first, end in closed))
@@ -204,7 +203,7 @@ class _Cutter:
 
 
 def _find_ink(image: Image.Image) -> _Ink:
-    """Where a page differs from its paper."""
+    """Where a page differs from its paper, pictures and dirt included."""
     grey = image.convert("L").filter(ImageFilter.GaussianBlur(_BLUR))
     pixels = np.asarray(grey, dtype=np.int16)
     distance = abs(pixels - np.median(pixels))
@@ -220,10 +219,10 @@ def _pitch(ink: _Ink) -> float | None:
     return float(np.quantile(steps, _USUAL)) if steps else None
 
 
-def _density(ink: _Ink, pitch: float) -> Float[np.ndarray, "height width"]:
-    """Share of the square around each pixel that has ink."""
+def _is_dense(ink: _Ink, pitch: float) -> _Ink:
+    """Where there is as much ink around as a letter has, and not only dirt."""
     smooth = Image.fromarray(ink).convert("L").filter(ImageFilter.BoxBlur(pitch / 2))
-    return np.asarray(smooth) / 255
+    return np.asarray(smooth) > _SPECK * 255
 
 
 def _spans(is_there: Bool[np.ndarray, "size"]) -> list[tuple[int, int]]:

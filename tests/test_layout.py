@@ -207,6 +207,11 @@ def test_a_page_without_lines_is_one_region_or_none():
     assert (left, right) == (0, 300)
     assert (top, bottom) == pytest.approx((60, 120), abs=2)
     assert split_into_regions(Image.new("L", (1, 1))) == []
+    form = Paper()
+    for top in range(100, 500, 30):
+        form.draw.line((40, top, 300, top), fill=0, width=2)
+        form.draw.line((420, top, 700, top), fill=0, width=2)
+    assert [box[0] for box in split_into_regions(form.image)] == [0, pytest.approx(420, abs=2)]
 
 
 @pytest.mark.parametrize("seed", range(8))
