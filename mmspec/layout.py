@@ -162,8 +162,7 @@ class _Cutter:
     def _bands(self, box: Box) -> list[Box]:
         """What wide gaps across a box leave."""
         left, top, right, bottom = box
-        has_ink = self._ink[top:bottom, left:right].any(1)
-        spans = _closed(_spans(has_ink), _BAND * self._pitch)
+        spans = _closed(_spans(self._ink[top:bottom, left:right], 1), _BAND * self._pitch)
         return [
             (left, top + first, right, top + end)
             for first, end in spans
@@ -173,7 +172,7 @@ class _Cutter:
     def _columns(self, box: Box) -> list[tuple[int, int]]:
         """Left and right edge of what the gaps from top to bottom of a box leave."""
         left, top, right, bottom = box
-        spans = _spans(self._ink[top:bottom, left:right].any(0))
+        spans = _spans(self._ink[top:bottom, left:right], 0)
         spans = [span for span in spans if span[1] - span[0] > _RULE * self._pitch]
         closed = _closed(spans, _GUTTER * self._pitch)
         return [(left + first, left + end) for first, end in closed]
@@ -195,7 +194,7 @@ class _Cutter:
         filled = []
         size = round(self._pitch)
         for start in range(0, height, size):
-            spans = _spans(ink[start : start + size].any(0))
+            spans = _spans(ink[start : start + size], 0)
             if spans:
                 closed = _closed(spans, _GUTTER * self._pitch)
                 filled.append(sum(end - first for first, end in closed))
@@ -214,7 +213,7 @@ def _pitch(ink: _Ink) -> float | None:
     """The usual distance of lines that follow each other, in pixels; None if none do."""
     steps: list[float] = []
     for strip in np.array_split(ink, _STRIPS, axis=1):
-        middles = [(first + end) / 2 for first, end in _spans(strip.any(1))]
+        middles = [(first + end) / 2 for first, end in _spans(strip, 1)]
         steps += [below - above for above, below in itertools.pairwise(middles)]
     return float(np.quantile(steps, _USUAL)) if steps else None
 
@@ -225,9 +224,10 @@ def _is_dense(ink: _Ink, pitch: float) -> _Ink:
     return np.asarray(smooth) > _SPECK * 255
 
 
-def _spans(is_there: Bool[np.ndarray, "size"]) -> list[tuple[int, int]]:
-    """First and last index, exclusive, of each run."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_there, [False]]))).tolist()
+def _spans(ink: _Ink, over: int) -> list[tuple[int, int]]:
+    """First and last index, exclusive, of each run with ink; over rows (0) or columns (1)."""
+    has_ink = np.asarray(ink.any(over))
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], has_ink, [False]]))).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
