@@ -37,7 +37,7 @@ _SPECK = 0.05
 # such a width, and usually filled to this share, gaps narrower than a gutter included.
 _LEAST_LINES = 3
 _LEAST_WIDTH = 5
-_FILLED = 0.7
+_FILLED = 0.65
 # The line pitch is looked for in so many strips, since columns need not be in step and pages may be
 # askew, and is this quantile of the steps from line to line: gaps between paragraphs are longer.
 _STRIPS = 8
