@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -338,9 +339,12 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
             if len(boxes) < 2:
                 continue
             text = page.awaited_reference()
+            crops = [_with_margin(page.image, box) for box in boxes]
+            if self._shows_one_size([page.image, crops[0]]):
+                crops = [_on_paper(crop, page.image) for crop in crops]
             parts = []
-            for left, top, right, bottom in boxes:
-                part = Page(_with_margin(page.image, (left, top, right, bottom)), text=text)
+            for crop, (left, top, right, bottom) in zip(crops, boxes, strict=True):
+                part = Page(crop, text=text)
                 if isinstance(text, PageText) and text.words:
                     part.text = text.between(top, bottom, left, right)
                 parts.append(part)
@@ -353,12 +357,26 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
             page.text, page.source = "\n\n".join(map(str.strip, answer.texts)), "regions"
             page.region_stats = answer.stats
 
+    def _shows_one_size(self, images: list[Image.Image]) -> bool:
+        """Whether the model sees all of these at one size, whatever theirs is."""
+        prepare = self.processor.image_processor
+        seen = [prepare(images=[image], return_tensors="pt")["pixel_values"] for image in images]
+        return len({tuple(pixels.shape) for pixels in seen}) == 1
+
 
 def _with_margin(page: Image.Image, box: Box) -> Image.Image:
     """A region of a page, and a little around it."""
     left, top, right, bottom = box
     sides = max(left - _MARGIN, 0), max(top - _MARGIN, 0), right + _MARGIN, bottom + _MARGIN
     return page.crop((*sides[:2], min(sides[2], page.width), min(sides[3], page.height)))
+
+
+def _on_paper(crop: Image.Image, page: Image.Image) -> Image.Image:
+    """A region in the corner of an empty page, where its letters are as large as on the page."""
+    shade = np.median(np.asarray(page.convert("RGB")).reshape(-1, 3), axis=0).astype(int)
+    paper = Image.new("RGB", page.size, tuple(shade.tolist()))
+    paper.paste(crop, (0, 0))
+    return paper
 
 
 def _name_of(drafter: DrafterSpec) -> str:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from vlm import tiny_vlm
 from vlm_processors import PROCESSORS
 
@@ -176,7 +176,7 @@ def test_columns_are_regions_of_their_own(pipe, kind, options, monkeypatch):
     asked = []
 
     def ask(images, prompt, **given):
-        asked.append(([image.size for image in images], given["drafter"]["references"]))
+        asked.append((images, given["drafter"]["references"]))
         return SpeculativeDocumentPipeline._ask(pipe, images, prompt, **given)
 
     monkeypatch.setattr(pipe, "_ask", ask)
@@ -187,9 +187,12 @@ def test_columns_are_regions_of_their_own(pipe, kind, options, monkeypatch):
     assert [one.reference for one in out.pages] == ["regions"] * 2
     crops, whole, *_ = asked
     assert len(asked) == 4
-    # The gap between the columns is cut in no two, and the margins at the sides stay.
-    assert [width for width, _ in crops[0]] == pytest.approx([160, 70, 74], abs=3)
-    assert whole[0] == [(160, 80)]
+    # This processor shows all pictures at one size, so each part is put on paper of the page's.
+    assert [image.size for image in crops[0]] == [(160, 80)] * 3
+    inked = [ImageOps.invert(image.convert("L")).getbbox() for image in crops[0]]
+    assert [box[2] for box in inked] == pytest.approx([150, 66, 64], abs=3)
+    assert [box[3] for box in inked] == pytest.approx([9, 57, 57], abs=3)
+    assert [image.size for image in whole[0]] == [(160, 80)]
     if kind == "lies":
         drafts = [[one().text for one in references] for _, references in asked[::2]]
         assert drafts == [["", "all of it is \x00 wrong", ""], ["", "", "| --- |"]]
