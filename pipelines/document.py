@@ -367,8 +367,10 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
 def _with_margin(page: Image.Image, box: Box) -> Image.Image:
     """A region of a page, and a little around it."""
     left, top, right, bottom = box
-    sides = max(left - _MARGIN, 0), max(top - _MARGIN, 0), right + _MARGIN, bottom + _MARGIN
-    return page.crop((*sides[:2], min(sides[2], page.width), min(sides[3], page.height)))
+    left, top = max(left - _MARGIN, 0), max(top - _MARGIN, 0)
+    return page.crop(
+        (left, top, min(right + _MARGIN, page.width), min(bottom + _MARGIN, page.height))
+    )
 
 
 def _on_paper(crop: Image.Image, page: Image.Image) -> Image.Image:
