@@ -9,6 +9,7 @@ import glob
 import importlib
 import importlib.util
 import itertools
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -81,14 +82,29 @@ class PageText:
     text: str
     words: tuple[Word, ...] = ()
 
-    def between(self, top: int, bottom: int) -> "PageText":
-        """The text of the words whose middle lies between two heights, in pixels."""
-        inside = [word for word in self.words if top <= (word.box[1] + word.box[3]) / 2 < bottom]
-        if not inside:
-            return PageText("")
-        start = inside[0].end - len(inside[0].text)
-        words = tuple(replace(word, end=word.end - start) for word in inside)
-        return PageText(self.text[start : inside[-1].end], words)
+    def between(
+        self, top: float, bottom: float, left: float = -math.inf, right: float = math.inf
+    ) -> "PageText":
+        """The text of the words whose middle lies between these heights and sides, in pixels.
+
+        Where words are left out, the widest of the blanks around them stays.
+        """
+        text, blank, end = "", "", 0
+        words: list[Word] = []
+        for word in self.words:
+            start = word.end - len(word.text)
+            blank = max(blank, self.text[end:start], key=_width_of)
+            end = word.end
+            across, down = (word.box[0] + word.box[2]) / 2, (word.box[1] + word.box[3]) / 2
+            if left <= across < right and top <= down < bottom:
+                text += (blank if words else "") + word.text
+                words.append(replace(word, end=len(text)))
+                blank = ""
+        return PageText(text, tuple(words))
+
+
+def _width_of(blank: str) -> tuple[int, bool, int]:
+    return blank.count("\n"), "\t" in blank, len(blank)
 
 
 _Span = tuple[str, float, Box]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -14,7 +15,8 @@ from mmspec.adapters import encoder_decoder
 from mmspec.checks import require, require_generator
 from mmspec.drafters import DrafterSpec, parse_spec
 from mmspec.drafters.trie import NgramTrie
-from mmspec.ocr import PageText, installed_engines, split_into_bands
+from mmspec.layout import split_into_regions
+from mmspec.ocr import Box, PageText, installed_engines
 from mmspec.ocr_reading import OcrReader, PendingReading, Reading
 from mmspec.pipelines.base import SpeculativePipeline, check_positive
 from mmspec.pipelines.document_pages import DocumentOutput, Page, gathered, opened_pages
@@ -333,18 +335,18 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
         """Has the model read the parts of each page; what it writes is the page's reference."""
         kept = {name: options[name] for name in options.keys() - _OF_THE_PAGE_ALONE}
         for page in batch:
-            bands = split_into_bands(page.image)
-            if len(bands) < 2:
+            boxes = split_into_regions(page.image)
+            if len(boxes) < 2:
                 continue
             text = page.awaited_reference()
+            crops = [_with_margin(page.image, box) for box in boxes]
+            if self._shows_one_size([page.image, crops[0]]):
+                crops = [_on_paper(crop, page.image) for crop in crops]
             parts = []
-            for top, bottom in bands:
-                crop = page.image.crop(
-                    (0, max(top - _MARGIN, 0), page.image.width, bottom + _MARGIN)
-                )
+            for crop, (left, top, right, bottom) in zip(crops, boxes, strict=True):
                 part = Page(crop, text=text)
                 if isinstance(text, PageText) and text.words:
-                    part.text = text.between(top, bottom)
+                    part.text = text.between(top, bottom, left, right)
                 parts.append(part)
             spec = _guided(drafter, parts, self.tokenizer, None, False)
             answer = self._ask(
@@ -354,6 +356,29 @@ class SpeculativeDocumentPipeline(SpeculativePipeline):
             )
             page.text, page.source = "\n\n".join(map(str.strip, answer.texts)), "regions"
             page.region_stats = answer.stats
+
+    def _shows_one_size(self, images: list[Image.Image]) -> bool:
+        """Whether the model sees all of these at one size, whatever theirs is."""
+        prepare = self.processor.image_processor
+        seen = [prepare(images=[image], return_tensors="pt")["pixel_values"] for image in images]
+        return len({tuple(pixels.shape) for pixels in seen}) == 1
+
+
+def _with_margin(page: Image.Image, box: Box) -> Image.Image:
+    """A region of a page, and a little around it."""
+    left, top, right, bottom = box
+    left, top = max(left - _MARGIN, 0), max(top - _MARGIN, 0)
+    return page.crop(
+        (left, top, min(right + _MARGIN, page.width), min(bottom + _MARGIN, page.height))
+    )
+
+
+def _on_paper(crop: Image.Image, page: Image.Image) -> Image.Image:
+    """A region in the corner of an empty page, where its letters are as large as on the page."""
+    shade = np.median(np.asarray(page.convert("RGB")).reshape(-1, 3), axis=0).astype(int)
+    paper = Image.new("RGB", page.size, tuple(shade.tolist()))
+    paper.paste(crop, (0, 0))
+    return paper
 
 
 def _name_of(drafter: DrafterSpec) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import math
 import os
 import sys
 
@@ -135,6 +136,27 @@ def test_the_text_between_two_heights():
     assert page.between(0, 12).text == "one two"
     assert page.between(12, 40) == PageText("three", (Word("three", 0.5, (0, 20, 9, 29), 5),))
     assert page.between(40, 50) == PageText("")
+
+
+def test_the_text_of_a_column_of_lines_across_columns():
+    """Words that are left out leave the widest blank around them."""
+    lines = [["one", "far", "two"], ["three", "away", ""], ["four", "off", "five"]]
+    text, words = "", []
+    for row, cells in enumerate(lines):
+        text += ("\n\n" if row == 2 else "\n") * bool(row)
+        for column, cell in enumerate(filter(None, cells)):
+            text += "\t" * bool(column) + cell
+            box = (40 * column, 20 * row, 40 * column + 9, 20 * row + 9)
+            words.append(Word(cell, 0.5, box, len(text)))
+    page = PageText(text, tuple(words))
+    assert text == "one\tfar\ttwo\nthree\taway\n\nfour\toff\tfive"
+    assert page.between(0, 60, 0, 30).text == "one\nthree\n\nfour"
+    outer = PageText(text, tuple(word for word in words if word.text != "far"))
+    assert outer.between(0, 60, 60).text == "two\n\nfive"
+    for part in (page.between(0, 60, 30, 70), page.between(0, 60), outer.between(0, 60, 0, 30)):
+        for word in part.words:
+            assert part.text[word.end - len(word.text) : word.end] == word.text
+    assert page.between(-math.inf, math.inf) == page
 
 
 # --------------------------------------------------------------------------- what is missing

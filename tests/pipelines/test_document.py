@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from vlm import tiny_vlm
 from vlm_processors import PROCESSORS
 
@@ -133,6 +133,69 @@ def test_a_seed_gives_the_tokens_of_sequential(pipe):
         plain = read(pipe, decoder="sequential", generator=made(), **options)
         out = read(pipe, references=["abc"] * 3, regions=True, generator=made(), **options)
         assert tokens_of(out) == tokens_of(plain)
+
+
+# --------------------------------------------------------------------------- regions
+
+
+def columned(seed):
+    """Noise in eight lines over 160 x 80 pixels: one across, then two columns."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.full((80, 160, 3), 255, dtype=torch.uint8)
+    values[4:9, 8:150] = torch.randint(0, 120, (5, 142, 3), generator=generator)
+    for top in range(20, 76, 8):
+        for left in (6, 90):
+            values[top : top + 5, left : left + 60] = torch.randint(
+                0, 120, (5, 60, 3), generator=generator
+            )
+    return Image.fromarray(values.numpy())
+
+
+def worded(text, left):
+    """A text with its words below each other, in a column."""
+    words, end = [], 0
+    for number, word in enumerate(text.split()):
+        end = text.index(word, end) + len(word)
+        top = 20 + 7 * number % 56
+        words.append(Word(word, 0.9, (left, top, left + 5, top + 3), end))
+    return PageText(text, tuple(words))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 20}])
+@pytest.mark.parametrize("kind", ["none", "right", "lies"])
+def test_columns_are_regions_of_their_own(pipe, kind, options, monkeypatch):
+    pages = [columned(1), columned(2)]
+    seeds = lambda: [torch.Generator().manual_seed(seed) for seed in range(2)]  # noqa: E731
+    plain = read(pipe, pages, decoder="sequential", generator=seeds(), **options)
+    texts = [one.text for one in plain.pages]
+    references = {
+        "none": None,
+        "right": texts,
+        "lies": [worded("all of it is \x00 wrong", 10), worded("| --- |", 100)],
+    }[kind]
+    asked = []
+
+    def ask(images, prompt, **given):
+        asked.append((images, given["drafter"]["references"]))
+        return SpeculativeDocumentPipeline._ask(pipe, images, prompt, **given)
+
+    monkeypatch.setattr(pipe, "_ask", ask)
+    given = options | {"references": references, "generator": seeds()}
+    out = read(pipe, pages, regions=True, **given)
+    assert tokens_of(out) == tokens_of(plain)
+    assert [one.text for one in out.pages] == texts
+    assert [one.reference for one in out.pages] == ["regions"] * 2
+    crops, whole, *_ = asked
+    assert len(asked) == 4
+    # This processor shows all pictures at one size, so each part is put on paper of the page's.
+    assert [image.size for image in crops[0]] == [(160, 80)] * 3
+    inked = [ImageOps.invert(image.convert("L")).getbbox() for image in crops[0]]
+    assert [box[2] for box in inked] == pytest.approx([150, 66, 64], abs=3)
+    assert [box[3] for box in inked] == pytest.approx([9, 57, 57], abs=3)
+    assert [image.size for image in whole[0]] == [(160, 80)]
+    if kind == "lies":
+        drafts = [[one().text for one in references] for _, references in asked[::2]]
+        assert drafts == [["", "all of it is \x00 wrong", ""], ["", "", "| --- |"]]
 
 
 # --------------------------------------------------------------------------- OCR
