@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from mmspec.records import Plan, StepRecord
 from mmspec.rows import TokenRows
-from mmspec.schedule import clamped
+from mmspec.schedule import Progress, clamped
 from mmspec.tree import BUCKETS
 
 
@@ -72,7 +72,7 @@ class WindowMemory:
             self.costs[cell] = deque(list(samples)[-self.CARRIED :], self.KEPT)
         self._discount(0.7)
 
-    def count(self, width: int, num_rows: int, num_units: int) -> None:
+    def count(self, width: int, num_rows: int, num_units: float) -> None:
         """A step of a settled window."""
         self._discount(max(1 - num_rows / self.SPAN, 0.0))
         self.trials[width] += num_rows
@@ -175,6 +175,7 @@ class WindowSchedule:
         remaining: Callable[[], int],
         num_active: Callable[[], int],
         memory: WindowMemory | None = None,
+        num_waiting: Callable[[], int] = lambda: 0,
     ) -> None:
         """Starts from a guess or from what earlier calls found.
 
@@ -183,6 +184,7 @@ class WindowSchedule:
             remaining: Largest number of units that an active row may still get.
             num_active: Rows that go on.
             memory: Kept by the caller from call to call.
+            num_waiting: Requests that no row has begun.
 
         Raises:
             ValueError: If ``max_width`` is out of range.
@@ -194,6 +196,8 @@ class WindowSchedule:
         self._widths = [b for b in BUCKETS if b < max_width] + [max_width]
         self._remaining = remaining
         self._num_active = num_active
+        self._num_waiting = num_waiting
+        self._progress = Progress()
         self._probes = [] if self.memory.costs else list(self.PROBES)
         self._has_begun = False
         self._width = 0
@@ -217,9 +221,14 @@ class WindowSchedule:
             return
         num_rows = sum(record.was_active)
         self.memory.costs[num_rows, record.width].append(record.wall_time_s)
+        num_units = float(sum(record.num_emitted))
+        slowest, _ = self._progress.advance(record)
+        if not self._num_waiting():
+            # The batch ends with its slowest row, but its steps get shorter whenever one ends.
+            num_units = 0.5 * (num_units + num_rows * slowest)
         is_settled = self._steps > max(self.BEGINNING, self._last_change + self.SETTLING)
         if is_settled and record.width == self._width:
-            self.memory.count(record.width, num_rows, sum(record.num_emitted))
+            self.memory.count(record.width, num_rows, num_units)
 
     def _chosen_width(self, num_rows: int) -> int:
         probe = self._probe(num_rows)
@@ -269,4 +278,5 @@ def window_schedule(model: Any, kind: Hashable, rows: TokenRows) -> WindowSchedu
         lambda: rows.max_remaining,
         lambda: len(rows.active),
         memory,
+        lambda: rows.num_waiting,
     )
