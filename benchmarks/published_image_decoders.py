@@ -7,7 +7,7 @@ parts, no clock in any of them:
 
 - law: chi-square of the joint law of four tokens of three kinds against enumeration, on the toy
   target of the tests, all samples in one ragged batch (pairs of rows for the batch rule);
-- forwards: of fresh held-out captions of the bundled avatars, float32, temperature 1, and their
+- forwards: of fresh held-out captions of a bundled model, float32, temperature 1, and their
   difference from the exact decoder's, caption by caption;
 - refusals: how many of the guesses that the exact decoder refuses another coupling would keep;
 - accuracy: the share of stated attributes that the pictures of lossy decoders show, at the first
@@ -28,13 +28,14 @@ import typer
 from torch import Tensor
 
 from mmspec.adapters.token_image import image_family
-from mmspec.bench.image_setups import image_engine, load_captions, load_image
+from mmspec.bench.image_setups import image_engine, judge_of, load_captions, load_image
 from mmspec.bench.measure import Budget, Sample, csv, final_line, open_store, provenance
+from mmspec.bench.quality import Judge
 from mmspec.bench.report import Output, percent, publish, table
 from mmspec.drafters.jacobi import JacobiDrafter
 from mmspec.lossy import GroupedAcceptance, OverlappingRows
 from mmspec.records import Proposal, Scores, Verdict
-from mmspec.verify import IndependentRedraft, MaximalCoupling, SeededMatch
+from mmspec.verify import CoupledBlock, IndependentRedraft, MaximalCoupling, SeededMatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 published = importlib.import_module("published")
@@ -67,6 +68,7 @@ def overlapping(law: Any, rows: Any, *, codes: Tensor, stride: int, lenience: fl
 SYSTEMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     EXACT: (SeededMatch, JacobiDrafter, SEEDED),
     "SCD, maximal coupling (coupled)": (MaximalCoupling, JacobiDrafter, FRESH),
+    "block, coupled behind it (coupled-block)": (CoupledBlock, JacobiDrafter, FRESH),
     "SCD, Gumbel coupling": (
         partial(IndependentRedraft, shared_noise=True), JacobiDrafter, {"keep_laws": True},
     ),
@@ -106,9 +108,15 @@ def law_sample(system: str, seed: int, num_rows: int) -> Sample:
 
 
 def image_sample(
-    pipe: Any, system: str, entries: list[dict[str, Any]], window: int, guidance: float, seed: int
+    pipe: Any,
+    judge: Judge | None,
+    system: str,
+    entries: list[dict[str, Any]],
+    window: int,
+    guidance: float,
+    seed: int,
 ) -> Sample:
-    """Forwards of a batch of images, and how many stated attributes they show."""
+    """Forwards of a batch of images, and how many stated attributes they show if that is known."""
     rule, drafter, options = SYSTEMS[system]
     family = image_family(pipe.model)
     codes = family.embed_image(torch.arange(family.codebook_size)).detach()
@@ -124,14 +132,15 @@ def image_sample(
         **options,
     )
     made = engine.run()
-    judge = importlib.import_module("mmspec.assets.avatars.scoring").attribute_accuracy
+    sample: Sample = {"num_forwards": [row.num_target_forwards for row in made.row_stats]}
+    if judge is None:
+        return sample
     with torch.no_grad():
         pixels = pipe.model.decode_image_tokens(torch.tensor([list(row) for row in made.units]))
     attributes = [entry["attributes"] for entry in entries]
     found = judge(np.clip((pixels.float().numpy() + 1) / 2, 0, 1), attributes)
     num_stated = sum(map(len, attributes))
-    return {
-        "num_forwards": [row.num_target_forwards for row in made.row_stats],
+    return sample | {
         "num_stated": num_stated,
         "num_right": round(found["mean"] * num_stated),
         "num_all_right": round(found["all"] * len(entries)),
@@ -175,7 +184,7 @@ class Refusals:
         single, block = accepted_drafts(target, draft, ratio, has_child)
         found = (
             judged.sum(), (has_child & is_last).sum(), apart.sum(), apart[apart > 0.5].sum(),
-            gumbel_refusals(target[judged], draft[judged]), (room_B > 0).sum(),
+            gumbel_refusals(target[judged], draft[judged]).sum(), (room_B > 0).sum(),
             single[room_B > 0].sum(), block[room_B > 0].sum(),
         )  # fmt: skip
         for name, value in zip(REFUSALS, found, strict=True):
@@ -183,17 +192,17 @@ class Refusals:
         return verdict
 
 
-def gumbel_refusals(target: Tensor, draft: Tensor) -> float:
-    """Sum over pairs of laws of the probability that one Gumbel noise draws different tokens.
+def gumbel_refusals(target: Tensor, draft: Tensor) -> Tensor:
+    """Probability, for each pair of laws, that one Gumbel noise draws different tokens.
 
-    Both draw token i with probability ``1 / sum_j max(p_j / p_i, q_j / q_i)``.
+    Both draw token i with probability ``1 / sum_j max(p_j / p_i, q_j / q_i)``, where the first is
+    the larger for those j whose ``p_j / q_j`` is at least that of i.
     """
-    total = 0.0
-    for pair in zip(target.split(256), draft.split(256), strict=True):
-        logs = [law.clamp(min=1e-300).log() for law in pair]
-        ratio = torch.maximum(*(log[:, None, :] - log[:, :, None] for log in logs))
-        total += float((1 - (-ratio.logsumexp(-1)).exp().sum(-1)).sum())
-    return total
+    order = (target.log() - draft.log()).nan_to_num(0.0).argsort(-1, descending=True)
+    target, draft = target.gather(-1, order), draft.gather(-1, order)
+    above, below = target.cumsum(-1), (1 - draft.cumsum(-1)).clamp(min=0)
+    match = 1 / (above / target + torch.where(below > 0, below / draft, 0.0))
+    return 1 - torch.where((target > 0) & (draft > 0), match, 0.0).sum(-1)
 
 
 def accepted_drafts(
@@ -263,40 +272,51 @@ def batches(entries: list[dict[str, Any]], size: int) -> Iterator[tuple[int, lis
 
 
 def image_row(
-    measurement: Measurement, pipe: Any, system: str, captions: int, window: int, guidance: float
+    measurement: Measurement,
+    pipe: Any,
+    model: str,
+    system: str,
+    captions: int,
+    window: int,
+    guidance: float,
 ) -> Sample | None:
     """Forwards and shares of right attributes; the first batch serves every part."""
-    found = []
-    for first, entries in batches(load_captions(captions, is_fresh=True), BATCH):
+    judge, found = judge_of(model), {}
+    for first, entries in batches(load_captions(captions, model, is_fresh=True), BATCH):
         key = f"image/{system}/w{window}/g{guidance:g}/{first:04d}"
-        found.append(
-            measurement.get(
-                key, partial(image_sample, pipe, system, entries, window, guidance, first)
-            )
-        )
-    kept = [sample for sample in found if sample is not None]
-    if not kept:
+        measure = partial(image_sample, pipe, judge, system, entries, window, guidance, first)
+        if sample := measurement.get(key, measure):
+            found[first] = sample
+    if not found:
         return None
-    forwards = [count for sample in kept for count in sample["num_forwards"]]
-    return {
+    # By caption, for what is compared with a system that has other batches.
+    counts = {
+        first + place: count
+        for first, sample in found.items()
+        for place, count in enumerate(sample["num_forwards"])
+    }
+    row = {
         "type": "row",
         "system": system,
         "window": window,
         "guidance": guidance,
-        "num_images": len(forwards),
-        "forwards": statistics.mean(forwards),
-        "counts": forwards,
-        "accuracy": sum(s["num_right"] for s in kept) / sum(s["num_stated"] for s in kept),
-        "all_right": sum(s["num_all_right"] for s in kept) / len(forwards),
+        "num_images": len(counts),
+        "forwards": statistics.mean(counts.values()),
+        "counts": counts,
     }
+    if judge is not None:
+        stated = sum(sample["num_stated"] for sample in found.values())
+        row["accuracy"] = sum(sample["num_right"] for sample in found.values()) / stated
+        row["all_right"] = sum(s["num_all_right"] for s in found.values()) / len(counts)
+    return row
 
 
 def refusal_row(
-    measurement: Measurement, pipe: Any, captions: int, window: int, guidance: float
+    measurement: Measurement, pipe: Any, model: str, captions: int, window: int, guidance: float
 ) -> Sample | None:
     """Sums over all batches, and what another coupling could save of the forwards."""
     found = []
-    for first, entries in batches(load_captions(captions, is_fresh=True), BATCH):
+    for first, entries in batches(load_captions(captions, model, is_fresh=True), BATCH):
         key = f"refusals/w{window}/g{guidance:g}/{first:04d}"
         measure = partial(refusal_sample, pipe, entries, window, guidance, first)
         found.append(measurement.get(key, measure))
@@ -309,15 +329,13 @@ def refusal_row(
 
 def against_exact(rows: list[Sample]) -> list[Sample]:
     """Rows without their counts, with the mean difference from the exact decoder's, by caption."""
-    exact = {
-        (row["window"], row["guidance"]): row["counts"] for row in rows if row["system"] == EXACT
-    }
+    exact = {(r["window"], r["guidance"]): r["counts"] for r in rows if r["system"] == EXACT}
     made = []
     for row in rows:
-        counts, against = row["counts"], exact.get((row["window"], row["guidance"]), [])
+        counts, against = row["counts"], exact.get((row["window"], row["guidance"]), {})
         line = {name: value for name, value in row.items() if name != "counts"}
-        if row["system"] != EXACT and len(counts) == len(against) > 1:
-            more = [ours - theirs for ours, theirs in zip(counts, against, strict=True)]
+        more = [counts[place] - against[place] for place in sorted(counts.keys() & against.keys())]
+        if row["system"] != EXACT and len(more) > 1:
             line["more"] = statistics.mean(more)
             line["more_error"] = statistics.stdev(more) / len(more) ** 0.5
         made.append(line)
@@ -340,6 +358,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Rows of the law test.")] = 200_000,
     law_seeds: Annotated[int, typer.Option(help="Toys of the law test.")] = 3,
     minutes: Annotated[float | None, typer.Option(help="Stop then; run again to go on.")] = None,
+    model: Annotated[str, typer.Option(help="A bundled image model.")] = "avatars",
     label: Annotated[str, typer.Option(help="Part of the files' names.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of samples and report.")] = Path("mmspec-bench"),
 ) -> None:
@@ -348,10 +367,10 @@ def main(
     scales = [float(scale) for scale in csv(guidance)]
     names = systems.split(";") if systems else list(SYSTEMS)
     budget, output = Budget(minutes), Output(json_only=False)
-    facts = provenance(torch.device("cpu"), ["avatars"])
+    facts = provenance(torch.device("cpu"), [model])
     store = open_store(out, "published_image_decoders", label, facts)
     measurement = Measurement(store, budget, output)
-    pipe = load_image("avatars", "float32")
+    pipe = load_image(model, "float32")
     laws, rows, refusals = [], [], []
     for seed in range(law_seeds if "law" in asked else 0):
         for system in names:
@@ -365,12 +384,12 @@ def main(
         # What keeps the law has the pictures of plain decoding.
         judged = [name for name in names if part == "forwards" or "lossy" in name]
         for system in judged if part in asked else ():
-            row = image_row(measurement, pipe, system, count, width, scale)
+            row = image_row(measurement, pipe, model, system, count, width, scale)
             # What has no more captions than for forwards stands in that line already.
             if row and (part == "forwards" or row["num_images"] > prompts):
                 rows.append(row | {"part": part})
         if part == "forwards" and "refusals" in asked:
-            refusals.append(refusal_row(measurement, pipe, prompts, width, scale))
+            refusals.append(refusal_row(measurement, pipe, model, prompts, width, scale))
     rows, refusals = against_exact(rows), [row for row in refusals if row is not None]
     line = final_line(
         "published_image_decoders",
@@ -382,7 +401,7 @@ def main(
     )
     sections = [
         ("Law on the toy", _law_table(laws)),
-        ("On the avatars", _image_table(rows)),
+        (f"On {model}", _image_table(rows)),
         ("What another coupling could keep", _refusal_table(refusals)),
     ]
     publish(line, sections, out, output)
@@ -405,8 +424,7 @@ def _image_table(rows: list[Sample]) -> str:
             [
                 *(row[n] for n in names),
                 f"{row['more']:+.2f} ({row['more_error']:.2f})" if "more" in row else "",
-                percent(row["accuracy"]),
-                percent(row["all_right"]),
+                *(percent(row[name]) if name in row else "" for name in ("accuracy", "all_right")),
             ]
             for row in rows
         ],

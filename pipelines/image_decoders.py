@@ -33,6 +33,7 @@ DECODERS = {
     "sequential": "exact",
     "exact": "exact",
     "coupled": "coupled",
+    "coupled-block": "coupled-block",
     "sjd": "sjd",
     DENOISE: "exact",
     "lossy-grouped": "lossy-grouped",

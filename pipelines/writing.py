@@ -34,6 +34,7 @@ DECODERS = {
     "speculative": "speculative",
     "block": "block",
     "coupled": "coupled",
+    "coupled-block": "coupled-block",
     "sjd": "sjd",
 }
 

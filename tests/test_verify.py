@@ -30,8 +30,10 @@ from mmspec.sampling import LawContext, build_law
 from mmspec.tree import pack_chain, pack_trees
 from mmspec.verify import (
     BlockVerification,
+    CoupledBlock,
     IndependentRedraft,
     block_choices,
+    block_weights,
     build_rule,
     residual_choices,
 )
@@ -74,6 +76,16 @@ class TwinTreeDrafter(TableDrafter):
             num_levels=(2,) * num_rows,
             branching=2,
             draft_probs_BNV=laws,
+        )
+
+
+class UntoldBlock(CoupledBlock):
+    """Couples guesses from the law they were drawn from, as if the block's end told nothing."""
+
+    def behind(self, proposal, law_logits, draft_probs, weight_BN, has_child, noise):
+        untold_BN = torch.zeros_like(weight_BN)
+        return CoupledBlock.behind(
+            self, proposal, law_logits, draft_probs, untold_BN, has_child, noise
         )
 
 
@@ -123,6 +135,7 @@ LAWFUL = [
     ("chain", "block"),
     ("jacobi", "block"),
     ("jacobi", "coupled"),
+    ("jacobi", "coupled-block"),
     ("jacobi", "sjd"),
     ("jacobi-gumbel", GUMBEL),
 ]
@@ -134,7 +147,7 @@ def test_joint_law_of_all_positions(kind, rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["coupled", "sjd", "block"])
+@pytest.mark.parametrize("rule", ["coupled", "coupled-block", "sjd", "block"])
 def test_joint_law_of_a_grid_window(rule):
     assert p_value("jacobi-grid", rule, seed=4, num_rows=MANY) > SANE_P
 
@@ -161,6 +174,11 @@ def test_published_rules_that_do_not_keep_the_law_fail_the_same_test(kind, rule)
 
 
 @pytest.mark.slow
+def test_a_block_whose_end_tells_nothing_fails_the_same_test():
+    assert p_value("jacobi", UntoldBlock, 12, num_rows=MANY) < BIASED_P
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("init", INITS)
 def test_joint_law_however_new_positions_begin(init):
     def window(rows):
@@ -169,7 +187,7 @@ def test_joint_law_however_new_positions_begin(init):
         )
 
     table = random_table(4, LENGTH + 1, V)
-    for rule in ("coupled", "sjd"):
+    for rule in ("coupled", "coupled-block", "sjd"):
         made = run_toy(table, window, rule, num_rows=MANY, seed=4)
         assert chi_square_p(made.outputs, joint_law(table)) > SANE_P
     plain = run_toy(table, make_drafter("plain", 4), num_rows=3000, seed=4)
@@ -341,13 +359,14 @@ def test_two_drafts_in_a_block_keep_the_law(kind):
     num = 40_000
     drafted = drawn_from(draft, (num, 2), kind)
     tokens = torch.cat([torch.zeros(num, 1, dtype=torch.long), drafted], 1)
-    emitted, accepted = block_choices(
+    laws_of_all = (
         torch.stack([target, second, target]).expand(num, -1, -1),
         torch.stack([draft, draft, draft]).expand(num, -1, -1),
         tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
-        torch.rand(num, 3),
-        gumbel_noise(num, 3, 5),
+    )
+    weights, has_child = block_weights(*laws_of_all, torch.ones_like(tokens, dtype=torch.bool))
+    emitted, accepted = block_choices(
+        *laws_of_all, weights, has_child, torch.rand(num, 3), gumbel_noise(num, 3, 5)
     )
     assert chi_square_p(emitted[:, :1], target) > SANE_P
     # Where one draft or more was accepted, the second token must follow the second law too; in the
@@ -392,21 +411,50 @@ def scored(proposal, rows, table) -> Scores:
     )
 
 
-def test_block_verification_refuses_trees():
+@pytest.mark.parametrize(("rule", "is_lawful"), [(CoupledBlock, True), (UntoldBlock, False)])
+def test_guesses_behind_a_block_that_ended_early_have_the_targets_law(rule, is_lawful):
+    """The drafts' laws are the target's in another order, and no law looks at the path."""
+    num, depth = 40_000, 3
+    target, _ = laws("generic")
+    drafts = torch.stack([target[[4, 0, 1, 2, 3]], target[[1, 2, 3, 0, 4]], target.flip(0)])
+    drafts = 0.9 * drafts + 0.02
+    rows = toy_rows(num, depth + 2, seed=1)
+    torch.manual_seed(0)
+    tokens = torch.cat([rows.roots_B()[:, None], drafts.multinomial(num, True).T], 1)
+    probs = torch.nn.functional.pad(drafts, (0, 0, 0, 1)).expand(num, -1, -1)
+    proposal = pack_chain(tokens, [depth] * num, 5, probs)
+    scores = Scores(
+        logits_BNV=target.log().expand(num, depth + 1, -1),
+        positions_BN=rows.positions(proposal.depth_BN),
+        forward_time_s=0.0,
+    )
+    made = rule(build_law(LawConfig()), rows).verify(proposal, scores)
+    ended = made.num_accepted_B == 0
+    assert int(ended.sum()) > 3000
+    joint = torch.einsum("i,j,k->ijk", target, target, target).flatten()
+    # The choice behind the root comes from the residual, since the block ended there.
+    p = chi_square_p(made.choices_BN[ended, 1:], joint)
+    assert p > SANE_P if is_lawful else p < BIASED_P
+
+
+@pytest.mark.parametrize("kind", [BlockVerification, CoupledBlock])
+def test_block_verification_refuses_trees(kind):
     rows = toy_rows(1, 4, seed=0)
     proposal = pack_trees([[1, 2, 3]], [[-1, -1, 0]], rows.roots_B(), V, 4)
-    rule = BlockVerification(build_law(LawConfig()), rows)
+    rule = kind(build_law(LawConfig()), rows)
     with pytest.raises(ValueError, match="chain"):
         rule.verify(proposal, scored(proposal, rows, random_table(0, 4, V)))
 
 
 def test_unknown_rule_names_the_known_ones():
     rows = toy_rows(1, 4, seed=0)
-    with pytest.raises(ValueError, match="block, coupled, exact, sjd, speculative"):
+    with pytest.raises(ValueError, match="block, coupled, coupled-block, exact, sjd, speculative"):
         build_rule("magic", build_law(LawConfig()), rows)
 
 
-@pytest.mark.parametrize("rule", ["exact", "speculative", "block", "coupled", "sjd"])
+@pytest.mark.parametrize(
+    "rule", ["exact", "speculative", "block", "coupled", "coupled-block", "sjd"]
+)
 def test_greedy_rules_take_the_argmax_even_with_draft_laws(rule):
     table = random_table(3, LENGTH, V)
     greedy = LawConfig(temperature=0.0)
@@ -415,7 +463,9 @@ def test_greedy_rules_take_the_argmax_even_with_draft_laws(rule):
     assert torch.equal(fast.outputs, plain.outputs.expand(200, -1))
 
 
-@pytest.mark.parametrize("rule", ["exact", "speculative", "block", "coupled", "sjd"])
+@pytest.mark.parametrize(
+    "rule", ["exact", "speculative", "block", "coupled", "coupled-block", "sjd"]
+)
 def test_a_root_outside_the_vocabulary_is_harmless(rule):
     """In image generation the first root is a text token of another vocabulary."""
     rows = toy_rows(2, 4, seed=0)
