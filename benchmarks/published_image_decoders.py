@@ -35,7 +35,7 @@ from mmspec.bench.report import Output, percent, publish, table
 from mmspec.drafters.jacobi import JacobiDrafter
 from mmspec.lossy import GroupedAcceptance, OverlappingRows
 from mmspec.records import Proposal, Scores, Verdict
-from mmspec.verify import CoupledBlock, IndependentRedraft, MaximalCoupling, SeededMatch
+from mmspec.verify import IndependentRedraft, MaximalCoupling, SeededMatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 published = importlib.import_module("published")
@@ -68,7 +68,7 @@ def overlapping(law: Any, rows: Any, *, codes: Tensor, stride: int, lenience: fl
 SYSTEMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     EXACT: (SeededMatch, JacobiDrafter, SEEDED),
     "SCD, maximal coupling (coupled)": (MaximalCoupling, JacobiDrafter, FRESH),
-    "block, coupled behind it (coupled-block)": (CoupledBlock, JacobiDrafter, FRESH),
+    "block, coupled behind it": (published.CoupledBlock, JacobiDrafter, FRESH),
     "SCD, Gumbel coupling": (
         partial(IndependentRedraft, shared_noise=True), JacobiDrafter, {"keep_laws": True},
     ),
@@ -179,9 +179,7 @@ class Refusals:
         is_last = proposal.depth_BN == verdict.num_accepted_B[:, None]
         judged = has_child & (proposal.depth_BN <= verdict.num_accepted_B[:, None])
         apart = 1 - torch.minimum(target, draft)[judged].sum(-1)
-        ratio = torch.stack([law.gather(-1, child_BN[..., None]) for law in (target, draft)])
-        ratio = (ratio[0] / ratio[1].clamp(min=1e-300)).squeeze(-1)
-        single, block = accepted_drafts(target, draft, ratio, has_child)
+        single, block = accepted_drafts(target, draft, child_BN, has_child)
         found = (
             judged.sum(), (has_child & is_last).sum(), apart.sum(), apart[apart > 0.5].sum(),
             gumbel_refusals(target[judged], draft[judged]).sum(), (room_B > 0).sum(),
@@ -206,23 +204,21 @@ def gumbel_refusals(target: Tensor, draft: Tensor) -> Tensor:
 
 
 def accepted_drafts(
-    target: Tensor, draft: Tensor, ratio: Tensor, has_child: Tensor
+    target: Tensor, draft: Tensor, child_BN: Tensor, has_child: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Expected accepted drafts of each chain by single tests and by block verification.
 
     Names as in docs/verify.md: the block reaches draft i with probability
     ``1 - prod_{k >= i} (1 - h_k)``, given the chain.
     """
-    ratio = torch.where(has_child.long().cumprod(1).bool(), ratio, 0.0)
-    weights = [torch.ones_like(ratio[:, 0])]
-    for node in range(ratio.shape[1] - 1):
-        weights.append((weights[-1] * ratio[:, node]).clamp(max=1))
-    weight = torch.stack(weights, 1)
+    at = child_BN[..., None]
+    keep = (target.gather(-1, at) / draft.gather(-1, at).clamp(min=1e-37)).squeeze(-1) * has_child
+    weight = published.block_weights(target, draft, child_BN, has_child)
     mass = (weight[..., None] * target - draft).clamp(min=0).sum(-1)
     inner = mass / (mass + 1 - weight).clamp(min=1e-12)
     ends = torch.where(has_child, inner, weight).clamp(max=1)
     reached = 1 - (1 - ends).flip(1).cumprod(1).flip(1)
-    return ratio.clamp(max=1).cumprod(1).sum(1), (reached[:, 1:] * (weight[:, 1:] > 0)).sum(1)
+    return keep.clamp(max=1).cumprod(1).sum(1), (reached[:, 1:] * (weight[:, 1:] > 0)).sum(1)
 
 
 def refusal_sample(

@@ -53,11 +53,10 @@ _STEP_COSTS: WeakKeyDictionary[Any, dict[tuple[int, bool], Mapping[int, Sequence
 
 #: Rules that ask something of the drafts; rules not named here take any drafter.
 RULE_DRAFTERS = {
-    # Lawful in a Jacobi window too, but "coupled-block" keeps the guesses behind the block there.
+    # Lawful in a Jacobi window too, but positions behind the block are redrawn uncoupled there.
     "block": tuple(sorted(set(TABLE) - {"denoise", "jacobi"})),
     # Redraw the whole window in every step.
     "coupled": ("jacobi",),
-    "coupled-block": ("jacobi",),
     "sjd": ("jacobi",),
 }
 
@@ -275,8 +274,7 @@ def speculate(
     Args:
         drafter: A name ("ngram", "jacobi", "early_exit", ...), a mapping with ``name`` and
             options, or a loaded smaller model.
-        rule: "exact", or a rule that keeps the law only: "speculative", "block", "coupled",
-            "coupled-block", "sjd".
+        rule: "exact", or a rule that keeps the law only: "speculative", "block", "coupled", "sjd".
         width: Most nodes per row and forward, the root included; None is 16 (32 for
             "ngram").
         schedule: "adaptive" drafts as much as pays, "fixed" always ``width``; None is adaptive

@@ -153,8 +153,7 @@ class BlockVerification:
     """Judges a chain as a whole; never accepts fewer in expectation (Sun et al. 2024, 2403.10444).
 
     Trees are refused: the rule is defined for chains. A Jacobi drafter may use it: the guesses
-    behind the accepted block are drawn afresh from their laws, whatever stood there; `CoupledBlock`
-    keeps most of them.
+    behind the accepted block are drawn afresh from their laws, whatever stood there.
     """
 
     law: Law
@@ -181,71 +180,22 @@ class BlockVerification:
         next_BN = scores.positions_BN + 1
         tests = uniform(self.rows.keys_B, next_BN, Salt.BLOCK, self.rows.step)
         noise = node_noise(self.rows, proposal, law_logits.shape[-1], Salt.RESIDUAL)
-        target_probs = law_logits.softmax(-1)
-        draft_probs = proposal.draft_probs_BNV.to(law_logits.dtype)
-        valid_BN = proposal.valid_BN & in_row_BN
-        weight_BN, has_child = block_weights(
-            target_probs, draft_probs, proposal.tokens_BN, valid_BN
-        )
         emitted_BN, num_accepted_B = block_choices(
-            target_probs, draft_probs, proposal.tokens_BN, weight_BN, has_child, tests, noise
+            law_logits.softmax(-1),
+            proposal.draft_probs_BNV.to(law_logits.dtype),
+            proposal.tokens_BN,
+            proposal.valid_BN & in_row_BN,
+            tests,
+            noise,
         )
         # The noise behind the accepted block has decided nothing yet, so it may serve there.
         is_behind = proposal.depth_BN > num_accepted_B[:, None]
-        behind_BN = self.behind(proposal, law_logits, draft_probs, weight_BN, has_child, noise)
         return Verdict(
-            choices_BN=torch.where(is_behind, behind_BN, emitted_BN),
+            choices_BN=torch.where(is_behind, sample(law_logits, noise), emitted_BN),
             path_BM=proposal.depth_BN,
             emitted_BM=emitted_BN,
             num_accepted_B=num_accepted_B,
             law_logits_BNV=law_logits,
-        )
-
-    def behind(
-        self,
-        proposal: Proposal,
-        law_logits: Tensor,
-        draft_probs: Tensor,
-        weight_BN: Tensor,
-        has_child: Tensor,
-        noise: Tensor,
-    ) -> Tensor:
-        """The token after each node behind the accepted block: one from the target's law."""
-        return sample(law_logits, noise)
-
-
-@dataclass(frozen=True, slots=True)
-class CoupledBlock(BlockVerification):
-    """Block verification in a Jacobi window: behind the block, guesses are coupled, not redrawn.
-
-    That the block ended before a guess tells something of it, so its law is no longer the draft's
-    ``q`` but, with ``w`` the block's weight before it, the normalised ``max(q - w * target, 0)``.
-    From that law it is coupled to the target's as in `MaximalCoupling`.
-    """
-
-    def behind(
-        self,
-        proposal: Proposal,
-        law_logits: Tensor,
-        draft_probs: Tensor,
-        weight_BN: Tensor,
-        has_child: Tensor,
-        noise: Tensor,
-    ) -> Tensor:
-        """The token after each node behind the accepted block, a kept guess or from a residual."""
-        target_probs = law_logits.softmax(-1)
-        draft = torch.where(has_child[..., None], draft_probs, 0.0)
-        left = (draft - weight_BN[..., None] * target_probs).clamp(min=0)
-        child_BN = torch.nn.functional.pad(proposal.tokens_BN[:, 1:], (0, 1))
-        next_BN = self.rows.positions(proposal.depth_BN) + 1
-        tests = uniform(self.rows.keys_B, next_BN, Salt.ACCEPT, self.rows.step)
-        return residual_choices(
-            target_probs,
-            _normalised(left, draft),
-            child_BN[..., None],
-            has_child[..., None],
-            tests[..., None],
-            noise,
         )
 
 
@@ -255,7 +205,6 @@ RULES = {
     "speculative": SpeculativeSampling,
     "block": BlockVerification,
     "coupled": MaximalCoupling,
-    "coupled-block": CoupledBlock,
     "sjd": IndependentRedraft,
 }
 
@@ -359,16 +308,24 @@ def _normalised(weights: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(mass > MIN_RESIDUAL, weights / mass.clamp(min=MIN_RESIDUAL), fallback)
 
 
-def block_weights(
+def block_choices(
     target_probs: Float[Tensor, "B N V"],
     draft_probs: Float[Tensor, "B N V"],
     tokens_BN: Int[Tensor, "B N"],
     valid_BN: Bool[Tensor, "B N"],
-) -> tuple[Float[Tensor, "B N"], Bool[Tensor, "B N"]]:
-    """Weights of block verification, and which nodes have a draft behind them to be judged.
+    tests: Float[Tensor, "B N"],
+    noise: Float[Tensor, "B N V"],
+) -> tuple[Int[Tensor, "B N"], Int[Tensor, "B"]]:
+    """Block verification of a chain.
 
-    The weight of node i is ``w_0 = 1``, ``w_i = min(1, w_{i-1} * target(x_i) / draft(x_i))``: the
-    probability, given the chain up to draft i, that the block reaches it.
+    With ``w_0 = 1`` and ``w_i = min(1, w_{i-1} * target(x_i) / draft(x_i))``, draft i is the end of
+    the accepted block if it is the last with ``test_i <= h_i``, where
+    ``h_i = S_i / (S_i + 1 - w_i)``, ``S_i = sum(max(w_i * target_{i+1} - draft_{i+1}, 0))``, and
+    ``h = w`` at the end of the chain. The next token is drawn from
+    ``max(w_i * target_{i+1} - draft_{i+1}, 0)``.
+
+    Returns:
+        The emitted tokens (accepted drafts, then the drawn token) and the number accepted.
     """
     child_BN = torch.nn.functional.pad(tokens_BN[:, 1:], (0, 1))
     has_child = torch.nn.functional.pad(valid_BN[:, 1:], (0, 1), value=False) & _sane_law(
@@ -380,29 +337,7 @@ def block_weights(
     ratio = torch.where(has_child, target_at / draft_at.clamp(min=1e-37), 0.0)
     # w_i = min(1, w_{i-1} r_i) is a sum of logs reflected at 0: S_i - max(0, S_1, ..., S_i).
     total = torch.nn.functional.pad(ratio[:, :-1].log().cumsum(1), (1, 0))
-    return (total - total.cummax(1).values).exp(), has_child
-
-
-def block_choices(
-    target_probs: Float[Tensor, "B N V"],
-    draft_probs: Float[Tensor, "B N V"],
-    tokens_BN: Int[Tensor, "B N"],
-    weight_BN: Float[Tensor, "B N"],
-    has_child: Bool[Tensor, "B N"],
-    tests: Float[Tensor, "B N"],
-    noise: Float[Tensor, "B N V"],
-) -> tuple[Int[Tensor, "B N"], Int[Tensor, "B"]]:
-    """Block verification of a chain.
-
-    With the weights ``w_i`` of `block_weights`, draft i is the end of the accepted block if it is
-    the last with ``test_i <= h_i``, where ``h_i = S_i / (S_i + 1 - w_i)``,
-    ``S_i = sum(max(w_i * target_{i+1} - draft_{i+1}, 0))``, and ``h = w`` at the end of the chain.
-    The next token is drawn from ``max(w_i * target_{i+1} - draft_{i+1}, 0)``.
-
-    Returns:
-        The emitted tokens (accepted drafts, then the drawn token) and the number accepted.
-    """
-    child_BN = torch.nn.functional.pad(tokens_BN[:, 1:], (0, 1))
+    weight_BN = (total - total.cummax(1).values).exp()
     draft = torch.where(has_child[..., None], draft_probs.nan_to_num(0.0), 0.0)
     residual = (weight_BN[..., None] * target_probs - draft).clamp(min=0)
     mass = residual.sum(-1)

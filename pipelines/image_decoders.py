@@ -33,7 +33,6 @@ DECODERS = {
     "sequential": "exact",
     "exact": "exact",
     "coupled": "coupled",
-    "coupled-block": "coupled-block",
     "sjd": "sjd",
     DENOISE: "exact",
     "lossy-grouped": "lossy-grouped",

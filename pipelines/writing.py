@@ -34,7 +34,6 @@ DECODERS = {
     "speculative": "speculative",
     "block": "block",
     "coupled": "coupled",
-    "coupled-block": "coupled-block",
     "sjd": "sjd",
 }
 

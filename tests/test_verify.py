@@ -6,10 +6,12 @@ import pytest
 import torch
 from published import (
     BatchMinimum,
+    CoupledBlock,
     StaleAccepted,
     StaleLaws,
     TargetForResidual,
     ThresholdReuse,
+    UntoldBlock,
 )
 from toys import (
     TableDrafter,
@@ -30,10 +32,8 @@ from mmspec.sampling import LawContext, build_law
 from mmspec.tree import pack_chain, pack_trees
 from mmspec.verify import (
     BlockVerification,
-    CoupledBlock,
     IndependentRedraft,
     block_choices,
-    block_weights,
     build_rule,
     residual_choices,
 )
@@ -76,16 +76,6 @@ class TwinTreeDrafter(TableDrafter):
             num_levels=(2,) * num_rows,
             branching=2,
             draft_probs_BNV=laws,
-        )
-
-
-class UntoldBlock(CoupledBlock):
-    """Couples guesses from the law they were drawn from, as if the block's end told nothing."""
-
-    def behind(self, proposal, law_logits, draft_probs, weight_BN, has_child, noise):
-        untold_BN = torch.zeros_like(weight_BN)
-        return CoupledBlock.behind(
-            self, proposal, law_logits, draft_probs, untold_BN, has_child, noise
         )
 
 
@@ -135,7 +125,7 @@ LAWFUL = [
     ("chain", "block"),
     ("jacobi", "block"),
     ("jacobi", "coupled"),
-    ("jacobi", "coupled-block"),
+    ("jacobi", CoupledBlock),
     ("jacobi", "sjd"),
     ("jacobi-gumbel", GUMBEL),
 ]
@@ -147,7 +137,7 @@ def test_joint_law_of_all_positions(kind, rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["coupled", "coupled-block", "sjd", "block"])
+@pytest.mark.parametrize("rule", ["coupled", CoupledBlock, "sjd", "block"])
 def test_joint_law_of_a_grid_window(rule):
     assert p_value("jacobi-grid", rule, seed=4, num_rows=MANY) > SANE_P
 
@@ -187,7 +177,7 @@ def test_joint_law_however_new_positions_begin(init):
         )
 
     table = random_table(4, LENGTH + 1, V)
-    for rule in ("coupled", "coupled-block", "sjd"):
+    for rule in ("coupled", "sjd"):
         made = run_toy(table, window, rule, num_rows=MANY, seed=4)
         assert chi_square_p(made.outputs, joint_law(table)) > SANE_P
     plain = run_toy(table, make_drafter("plain", 4), num_rows=3000, seed=4)
@@ -359,14 +349,13 @@ def test_two_drafts_in_a_block_keep_the_law(kind):
     num = 40_000
     drafted = drawn_from(draft, (num, 2), kind)
     tokens = torch.cat([torch.zeros(num, 1, dtype=torch.long), drafted], 1)
-    laws_of_all = (
+    emitted, accepted = block_choices(
         torch.stack([target, second, target]).expand(num, -1, -1),
         torch.stack([draft, draft, draft]).expand(num, -1, -1),
         tokens,
-    )
-    weights, has_child = block_weights(*laws_of_all, torch.ones_like(tokens, dtype=torch.bool))
-    emitted, accepted = block_choices(
-        *laws_of_all, weights, has_child, torch.rand(num, 3), gumbel_noise(num, 3, 5)
+        torch.ones_like(tokens, dtype=torch.bool),
+        torch.rand(num, 3),
+        gumbel_noise(num, 3, 5),
     )
     assert chi_square_p(emitted[:, :1], target) > SANE_P
     # Where one draft or more was accepted, the second token must follow the second law too; in the
@@ -437,24 +426,21 @@ def test_guesses_behind_a_block_that_ended_early_have_the_targets_law(rule, is_l
     assert p > SANE_P if is_lawful else p < BIASED_P
 
 
-@pytest.mark.parametrize("kind", [BlockVerification, CoupledBlock])
-def test_block_verification_refuses_trees(kind):
+def test_block_verification_refuses_trees():
     rows = toy_rows(1, 4, seed=0)
     proposal = pack_trees([[1, 2, 3]], [[-1, -1, 0]], rows.roots_B(), V, 4)
-    rule = kind(build_law(LawConfig()), rows)
+    rule = BlockVerification(build_law(LawConfig()), rows)
     with pytest.raises(ValueError, match="chain"):
         rule.verify(proposal, scored(proposal, rows, random_table(0, 4, V)))
 
 
 def test_unknown_rule_names_the_known_ones():
     rows = toy_rows(1, 4, seed=0)
-    with pytest.raises(ValueError, match="block, coupled, coupled-block, exact, sjd, speculative"):
+    with pytest.raises(ValueError, match="block, coupled, exact, sjd, speculative"):
         build_rule("magic", build_law(LawConfig()), rows)
 
 
-@pytest.mark.parametrize(
-    "rule", ["exact", "speculative", "block", "coupled", "coupled-block", "sjd"]
-)
+@pytest.mark.parametrize("rule", ["exact", "speculative", "block", "coupled", "sjd"])
 def test_greedy_rules_take_the_argmax_even_with_draft_laws(rule):
     table = random_table(3, LENGTH, V)
     greedy = LawConfig(temperature=0.0)
@@ -463,9 +449,7 @@ def test_greedy_rules_take_the_argmax_even_with_draft_laws(rule):
     assert torch.equal(fast.outputs, plain.outputs.expand(200, -1))
 
 
-@pytest.mark.parametrize(
-    "rule", ["exact", "speculative", "block", "coupled", "coupled-block", "sjd"]
-)
+@pytest.mark.parametrize("rule", ["exact", "speculative", "block", "coupled", "sjd"])
 def test_a_root_outside_the_vocabulary_is_harmless(rule):
     """In image generation the first root is a text token of another vocabulary."""
     rows = toy_rows(2, 4, seed=0)

@@ -143,7 +143,7 @@ def test_a_chosen_window_moves_no_token(pipe, model, guidance):
     assert any(width > 1 for _, width in memories[kind].costs)
 
 
-@pytest.mark.parametrize("decoder", ["coupled", "coupled-block", "sjd"])
+@pytest.mark.parametrize("decoder", ["coupled", "sjd"])
 def test_rules_that_keep_the_law_get_a_fixed_window(pipe, decoder):
     widths = []
 
@@ -236,8 +236,7 @@ def test_output_types_and_step_maps(pipe):
 @pytest.mark.parametrize(
     ("decoder", "guarantee"),
     [("sequential", "exact"), ("exact", "exact"), ("coupled", "distribution"),
-     ("coupled-block", "distribution"), ("sjd", "distribution"), ("lossy-grouped", "lossy"),
-     ("lossy-rows", "lossy")],
+     ("sjd", "distribution"), ("lossy-grouped", "lossy"), ("lossy-rows", "lossy")],
 )  # fmt: skip
 def test_guarantee_is_named(pipe, decoder, guarantee):
     assert pipe("a", decoder=decoder, output_type="tokens").stats.guarantee == guarantee
