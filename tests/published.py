@@ -2,16 +2,24 @@
 
 Each is our reimplementation of a rule as it is described, not its authors' code; most of them do
 not keep the law, which is what `test_verify.py` and `benchmarks/published_image_decoders.py` show.
+`CoupledBlock` is nobody's decoder: a rule of our own that was measured and not taken up.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from mmspec.drafters.jacobi import JacobiDrafter
-from mmspec.noise import Salt
+from mmspec.noise import Salt, uniform
 from mmspec.sampling import sample
-from mmspec.verify import IndependentRedraft, node_noise, walked
+from mmspec.verify import (
+    BlockVerification,
+    IndependentRedraft,
+    node_noise,
+    residual_choices,
+    walked,
+)
 
 
 class StaleLaws(JacobiDrafter):
@@ -84,6 +92,61 @@ class ThresholdReuse(IndependentRedraft):
         is_behind = proposal.depth_BN > made.num_accepted_B[:, None]
         keeps = is_behind & has_child & (target > self.threshold * draft)
         return walked(proposal, torch.where(keeps, child, made.choices_BN), made.law_logits_BNV)
+
+
+class CoupledBlock(BlockVerification):
+    """Block verification in a Jacobi window: behind the block, guesses are coupled, not redrawn.
+
+    That the block ended before a guess tells something of it, so its law is no longer the draft's
+    ``q`` but, with ``w`` the block's weight before it, the normalised ``max(q - w * target, 0)``.
+    From that law it is coupled to the target's (docs/image_decoders.md has the proof).
+    """
+
+    def verify(self, proposal, scores):
+        made = BlockVerification.verify(self, proposal, scores)
+        if proposal.draft_probs_BNV is None or self.law.is_greedy:
+            return made
+        target = made.law_logits_BNV.softmax(-1)
+        child_BN, has_child = child_of(proposal)
+        has_child &= proposal.depth_BN < self.rows.room_B[:, None]
+        weight_BN = block_weights(target, proposal.draft_probs_BNV, child_BN, has_child)
+        left = proposal.draft_probs_BNV - self.told(weight_BN)[..., None] * target
+        left = left.clamp(min=0)
+        mass = left.sum(-1, keepdim=True)
+        next_BN = scores.positions_BN + 1
+        # The rule has used the noise of one node only, where the block ended.
+        behind_BN = residual_choices(
+            target,
+            torch.where(mass > 1e-8, left / mass, proposal.draft_probs_BNV),
+            child_BN[..., None],
+            has_child[..., None],
+            uniform(self.rows.keys_B, next_BN, Salt.ACCEPT, self.rows.step)[..., None],
+            node_noise(self.rows, proposal, target.shape[-1], Salt.RESIDUAL),
+        )
+        is_behind = proposal.depth_BN > made.num_accepted_B[:, None]
+        choices_BN = torch.where(is_behind, behind_BN, made.choices_BN)
+        return dataclasses.replace(made, choices_BN=choices_BN)
+
+    def told(self, weight_BN):
+        """The weights by which the end of the block moves the laws behind it."""
+        return weight_BN
+
+
+class UntoldBlock(CoupledBlock):
+    """Couples guesses from the law they were drawn from, as if the block's end told nothing."""
+
+    def told(self, weight_BN):
+        return torch.zeros_like(weight_BN)
+
+
+def block_weights(target, draft, child_BN, has_child):
+    """``w_0 = 1``, ``w_i = min(1, w_{i-1} target(x_i) / draft(x_i))``; 0 behind the drafts."""
+    target_at, draft_at = (law.gather(-1, child_BN[..., None]) for law in (target, draft))
+    ratio_BN = (target_at / draft_at.clamp(min=1e-37)).squeeze(-1) * has_child
+    weights = [torch.ones_like(ratio_BN[:, 0])]
+    for node in range(ratio_BN.shape[1] - 1):
+        weights.append((weights[-1] * ratio_BN[:, node]).clamp(max=1))
+    return torch.stack(weights, 1)
 
 
 def child_of(proposal):

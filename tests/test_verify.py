@@ -6,10 +6,12 @@ import pytest
 import torch
 from published import (
     BatchMinimum,
+    CoupledBlock,
     StaleAccepted,
     StaleLaws,
     TargetForResidual,
     ThresholdReuse,
+    UntoldBlock,
 )
 from toys import (
     TableDrafter,
@@ -126,6 +128,7 @@ LAWFUL = [
     ("chain", "block"),
     ("jacobi", "block"),
     ("jacobi", "coupled"),
+    ("jacobi", CoupledBlock),
     ("jacobi", "sjd"),
     ("jacobi-mended", "coupled"),
     ("jacobi-mended", "sjd"),
@@ -139,7 +142,7 @@ def test_joint_law_of_all_positions(kind, rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["coupled", "sjd", "block"])
+@pytest.mark.parametrize("rule", ["coupled", CoupledBlock, "sjd", "block"])
 def test_joint_law_of_a_grid_window(rule):
     assert p_value("jacobi-grid", rule, seed=4, num_rows=MANY) > SANE_P
 
@@ -163,6 +166,11 @@ def test_joint_law_in_200_000_rows_of_one_batch(kind, rule, seed):
 )
 def test_published_rules_that_do_not_keep_the_law_fail_the_same_test(kind, rule):
     assert p_value(kind, rule, 11, num_rows=MANY) < BIASED_P
+
+
+@pytest.mark.slow
+def test_a_block_whose_end_tells_nothing_fails_the_same_test():
+    assert p_value("jacobi", UntoldBlock, 12, num_rows=MANY) < BIASED_P
 
 
 @pytest.mark.slow
@@ -411,6 +419,32 @@ def scored(proposal, rows, table) -> Scores:
     return Scores(
         logits_BNV=logits, positions_BN=rows.positions(proposal.depth_BN), forward_time_s=0.0
     )
+
+
+@pytest.mark.parametrize(("rule", "is_lawful"), [(CoupledBlock, True), (UntoldBlock, False)])
+def test_guesses_behind_a_block_that_ended_early_have_the_targets_law(rule, is_lawful):
+    """The drafts' laws are the target's in another order, and no law looks at the path."""
+    num, depth = 40_000, 3
+    target, _ = laws("generic")
+    drafts = torch.stack([target[[4, 0, 1, 2, 3]], target[[1, 2, 3, 0, 4]], target.flip(0)])
+    drafts = 0.9 * drafts + 0.02
+    rows = toy_rows(num, depth + 2, seed=1)
+    torch.manual_seed(0)
+    tokens = torch.cat([rows.roots_B()[:, None], drafts.multinomial(num, True).T], 1)
+    probs = torch.nn.functional.pad(drafts, (0, 0, 0, 1)).expand(num, -1, -1)
+    proposal = pack_chain(tokens, [depth] * num, 5, probs)
+    scores = Scores(
+        logits_BNV=target.log().expand(num, depth + 1, -1),
+        positions_BN=rows.positions(proposal.depth_BN),
+        forward_time_s=0.0,
+    )
+    made = rule(build_law(LawConfig()), rows).verify(proposal, scores)
+    ended = made.num_accepted_B == 0
+    assert int(ended.sum()) > 3000
+    joint = torch.einsum("i,j,k->ijk", target, target, target).flatten()
+    # The choice behind the root comes from the residual, since the block ended there.
+    p = chi_square_p(made.choices_BN[ended, 1:], joint)
+    assert p > SANE_P if is_lawful else p < BIASED_P
 
 
 def test_block_verification_refuses_trees():
