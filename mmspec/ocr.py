@@ -32,8 +32,8 @@ _INK = 64
 _INK_OF_A_ROW = 0.002
 # Standard deviation of the blur, in pixels.
 _SMOOTHING = 1.0
-# Enlarging beyond this costs time and shows nothing more.
-_MOST_ENLARGED = 4.0
+#: Enlarging beyond this costs time and shows nothing more.
+MOST_ENLARGED = 4.0
 # A space between words that is this much of the line's height stands between columns.
 _COLUMN_GAP = 1.2
 #: A step between lines that is this much of the usual one starts a paragraph.
@@ -232,7 +232,7 @@ def prepared(image: Image.Image, pitch: float | None = None) -> tuple[float, Ima
     """
     grey = image.convert("L")
     pitch = pitch or line_pitch(grey)
-    scale = min(max(LINE_PITCH / pitch, 1.0), _MOST_ENLARGED) if pitch else 1.0
+    scale = min(max(LINE_PITCH / pitch, 1.0), MOST_ENLARGED) if pitch else 1.0
     if scale > 1.0:
         size = (round(grey.width * scale), round(grey.height * scale))
         grey = grey.resize(size, Image.Resampling.LANCZOS)

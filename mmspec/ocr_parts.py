@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageFilter
 
-from mmspec.ocr import PARAGRAPH_GAP, PageText, line_pitch
+from mmspec.ocr import LINE_PITCH, MOST_ENLARGED, PARAGRAPH_GAP, PageText, line_pitch
 
 # The first part has so many lines and this share of the page at least, and another one at most:
 # of a page whose lines are taken for further apart than they are it would be too much.
@@ -41,12 +41,13 @@ def cuts_of(image: Image.Image) -> Cuts:
     """Cuts a page for reading: its first lines, and the rest in halves.
 
     It is cut where pixels hardly change from row to row across the whole page, which is between
-    lines. Rules of a table may go on there. A page without such a place is left whole.
+    lines. Rules of a table may go on there. A page without such a place is left whole, and so is
+    one whose lines are too close together to be read.
     """
     grey = image.convert("L")
     pitch, height = line_pitch(grey), image.height
     edges = [0]
-    if pitch is not None:
+    if pitch is not None and pitch * MOST_ENLARGED >= LINE_PITCH:
         pixels = np.asarray(grey.filter(ImageFilter.GaussianBlur(1.0)), dtype=np.float32)
         size = max(round(_LOOK * pitch), 1)
         changes = abs(np.diff(pixels, axis=0)).mean(1)

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -68,13 +69,14 @@ class PendingReading:
         # Of the model: it is at the page, waits for the text, has written something of it.
         self._is_at_work = self._is_awaited = self._agrees = False
 
-    def poll(self) -> Reading | None:
-        """What was found by now; None before that, and where the reading was given up.
-
-        The model is at the page from the first time on.
-        """
+    def attend(self) -> None:
+        """The model is at the page from now on, and will judge what was found."""
         with self._reader.changed:
             self._is_at_work = True
+
+    def poll(self) -> Reading | None:
+        """What was found by now; None before that, and where the reading was given up."""
+        with self._reader.changed:
             found = self._found()
             self._told = found.text if found is not None else None
         return found
@@ -211,12 +213,19 @@ class OcrReader:
             no more than the first parts of pages are read ahead.
     """
 
-    def __init__(self, name: str, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_threads: int = 1,
+        *,
+        adapt: Callable[[Engine], Engine] = lambda engine: engine,
+    ) -> None:
         """Opens the first engine.
 
         Args:
             name: Of `mmspec.ocr.ENGINES`.
             num_threads: Parts that are read at once.
+            adapt: Makes of an engine what reads.
 
         Raises:
             ValueError: If the name is unknown, or the engine's package or data is missing.
@@ -225,7 +234,8 @@ class OcrReader:
         self.changed = threading.Condition()
         self.is_trusted = True
         self._num_threads = num_threads
-        self._idle = deque([open_engine(name)])
+        self._adapt = adapt
+        self._idle = deque([adapt(open_engine(name))])
         self._open: list[PendingReading] = []
         self._numbers = itertools.count()
         self._num_working = 0
@@ -296,4 +306,4 @@ class OcrReader:
         try:
             return self._idle.pop()
         except IndexError:
-            return open_engine(self.name)
+            return self._adapt(open_engine(self.name))

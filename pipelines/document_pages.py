@@ -132,6 +132,11 @@ class Page:
         if given is not None and (given if isinstance(given, str) else given.text).strip():
             self.text, self.source = given, source
 
+    def attend(self) -> None:
+        """The model is at the page from now on."""
+        if self.reading is not None:
+            self.reading.attend()
+
     def reference(self) -> Reference | Unfinished:
         """The page's reference, as far as there is one by now."""
         reading = self.reading

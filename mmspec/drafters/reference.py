@@ -45,8 +45,8 @@ _RETRIEVED = 31
 # a row agree with it: that is seen without drafting.
 _LEAST_TOKENS = 1.0
 _EVIDENCE = 8
-# Letters and digits that the output must have before a part of a reference is called another text's,
-# at least and at most; in between as many as that part.
+# Letters and digits of the output after which the beginning of a reference with which nothing of
+# them agrees is useless: as many as it has itself, at least and at most these.
 _LEAST_LETTERS, _MOST_LETTERS = 32, 256
 # Chance of the first token where nothing before it agrees.
 _NO_MATCH = 0.4
