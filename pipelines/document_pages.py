@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmspec.checks import require
-from mmspec.drafters.reference import Reference, Unfinished
+from mmspec.drafters.reference import LateText, Reference
 from mmspec.ocr import PageText
 from mmspec.ocr_reading import PendingReading, Reading
 from mmspec.pipelines.vlm_inputs import opened
@@ -137,17 +137,17 @@ class Page:
         if self.reading is not None:
             self.reading.attend()
 
-    def reference(self) -> Reference | Unfinished:
+    def reference(self) -> Reference | LateText:
         """The page's reference, as far as there is one by now."""
         reading = self.reading
-        if reading is not None:
-            found = reading.poll()
-            if found is not None and found.is_final:
-                self._settle(found)
-            elif found is not None and found.text is not None:
-                self.take(found)
-                return Unfinished(found.text, reading.judge)
-        return self.text
+        found = reading.poll() if reading is not None else None
+        if reading is None or found is None:
+            return self.text
+        if found.text is None:
+            self._settle(found)
+            return None
+        self.take(found)
+        return LateText(found.text, reading.judge, found.is_final)
 
     def awaited_reference(self) -> Reference:
         """The page's reference; waits for the engine."""

@@ -47,7 +47,7 @@ _LEAST_TOKENS = 1.0
 _EVIDENCE = 8
 # Letters and digits of the output after which the beginning of a reference with which nothing of
 # them agrees is useless: as many as it has itself, at least and at most these.
-_LEAST_LETTERS, _MOST_LETTERS = 32, 256
+_LEAST_LETTERS, _MOST_LETTERS = 32, 128
 # Chance of the first token where nothing before it agrees.
 _NO_MATCH = 0.4
 # Signs of a byte sequence that is not complete yet.
@@ -59,21 +59,23 @@ Reference = str | PageText | None
 
 
 @dataclass(frozen=True, slots=True)
-class Unfinished:
-    """The beginning of a reference, of which more may come.
+class LateText:
+    """A reference that is being read, as far as it is there.
 
     Attributes:
         text: What there is by now.
-        judge: Told once, when it is known, whether the output agrees with it. If it does not, the
-            reference is not asked for any more.
+        judge: Told once, when it is known, whether the output agrees with it. If it does not, no
+            more of it is asked for.
+        is_whole: No more will come.
     """
 
     text: str | PageText
     judge: Callable[[bool], None]
+    is_whole: bool = False
 
 
 #: What is asked for a reference: None while there is none.
-AskedReference = Callable[[], Reference | Unfinished]
+AskedReference = Callable[[], Reference | LateText]
 References = Sequence[Reference | AskedReference]
 
 
@@ -83,7 +85,7 @@ class ReferenceDrafter:
     Attributes:
         memory: The trie of the retrieval, as in `NgramDrafter`.
         on_arrival: Called when a reference has come after the rows were made. One that is
-            unfinished has when the output is seen to agree with it, and whenever it grows.
+            not whole has when the output is seen to agree with it, and whenever it grows.
     """
 
     name = "reference"
@@ -107,7 +109,8 @@ class ReferenceDrafter:
             rows: The rows.
             vocab_size: The target's vocabulary.
             references: One per row: a text, None, or what is called for it after the prompts are
-                read, and before every step as long as it returns None or an `Unfinished`.
+                read, and before every step as long as it returns None, or a `LateText` that is
+                not whole or not judged.
             tokenizer: The target's tokenizer.
             sources: One counter per row, which is told where its tokens came from: "reference",
                 "ngram" or "target". What both found counts for the reference.
@@ -131,7 +134,7 @@ class ReferenceDrafter:
         self._num_places = _PLACES if branching > 1 else 1
         self._sources = sources
         self.on_arrival: Callable[[], None] = lambda: None
-        self._known: dict[int, Reference] = {}
+        self._known: dict[int, tuple[Reference, bool]] = {}
         self._judged: set[int] = set()
         self._followers = [
             None if callable(one) or (text := _cut(one)) is None else self._follower(text)
@@ -188,18 +191,19 @@ class ReferenceDrafter:
         """Follows the references as far as they have come by now."""
         for row, ask in list(self._asked.items()):
             given = None if self._rows.host_done[row] else ask()
-            if isinstance(given, Unfinished):
-                self._follow(row, given.text, is_whole=False)
+            if isinstance(given, LateText):
+                self._follow(row, given.text, is_whole=given.is_whole)
                 self._judge(row, given)
             elif given is not None:
                 del self._asked[row]
                 self._follow(row, given, is_whole=True)
 
     def _follow(self, row: int, given: str | PageText, *, is_whole: bool) -> None:
-        """Follows a reference that has come or grown."""
-        if given is self._known.get(row) and not is_whole:
+        """Follows a reference if it has come or grown."""
+        known, was_whole = self._known.get(row, (None, False))
+        if given is known and is_whole == was_whole:
             return
-        self._known[row] = given
+        self._known[row] = given, is_whole
         text = _cut(given, is_whole=is_whole)
         if text is None:
             return
@@ -212,18 +216,23 @@ class ReferenceDrafter:
         if is_whole or row in self._judged:
             self.on_arrival()
 
-    def _judge(self, row: int, given: Unfinished) -> None:
-        """Tells whether the row agrees with what has come."""
+    def _judge(self, row: int, given: LateText) -> None:
+        """Tells once whether the row agrees with what has come."""
         follower = self._followers[row]
-        agrees = None if follower is None or row in self._judged else follower.agrees()
-        if agrees is None:
-            return
-        self._judged.add(row)
-        given.judge(agrees)
-        if agrees:
-            self.on_arrival()
-        else:
-            self._followers[row] = None
+        if follower is not None and row not in self._judged:
+            agrees = follower.agrees()
+            if agrees is None:
+                return
+            self._judged.add(row)
+            given.judge(agrees)
+            if agrees and not given.is_whole:
+                self.on_arrival()
+            elif not agrees:
+                # What is whole may agree further down.
+                self._followers[row] = follower if given.is_whole else None
+                del self._asked[row]
+                return
+        if given.is_whole:
             del self._asked[row]
 
     def _follower(self, text: ReferenceText) -> "_Follower":

@@ -10,7 +10,7 @@ from tiny import tiny_model
 from vlm_processors import LETTERS, tokenizer
 
 from mmspec.drafters.alignment import Alignment
-from mmspec.drafters.reference import ReferenceDrafter, Unfinished
+from mmspec.drafters.reference import LateText, ReferenceDrafter
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
 from mmspec.ocr import PageText, Word
@@ -198,7 +198,7 @@ class Growing:
         if not there:
             return None
         text = self.texts[there - 1]
-        return text if there == len(self.counts) else Unfinished(text, self.verdicts.append)
+        return text if there == len(self.counts) else LateText(text, self.verdicts.append)
 
 
 def test_a_reference_that_grows_in_time_is_one_that_was_there():

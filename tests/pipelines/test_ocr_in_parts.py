@@ -204,6 +204,20 @@ def test_a_page_of_which_the_model_writes_something_else_is_not_read_on(pipe, en
     assert sorted(engine.begun) == [(n, part) for n in (1, 2) for part in range(3)]
 
 
+def test_a_page_that_was_read_ahead_is_judged_too(pipe, engine, plain):
+    for part in range(3):
+        engine.texts[0, part] = "qqvw wvvq"
+    engine.open()
+    reading = pipe.read_ahead(PAGES[0], ocr="tesserocr")
+    for part in range(3):
+        settled(reading, part)
+    out = read(pipe, PAGES[:1], references=[reading])
+    assert tokens_of(out.pages) == tokens_of(plain[:1])
+    assert (out.pages[0].reference, out.pages[0].error) == ("tesserocr", None)
+    settled(pipe.read_ahead(PAGES[1], ocr="tesserocr"), 1)
+    assert engine.begun == [(0, 0), (0, 1), (0, 2), (1, 0)]
+
+
 def test_what_was_read_before_a_failure_is_used(pipe, engine, plain):
     engine.texts[0, 1] = RuntimeError("torn")
     engine.open()
