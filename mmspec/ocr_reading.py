@@ -210,7 +210,7 @@ class OcrReader:
         name: Of the engine.
         changed: Lock of all readings; notified when a part was read or a page given up.
         is_trusted: The model wrote what was found on the page that was judged last. If it did not,
-            no more than the first parts of pages are read ahead.
+            or none was judged, no more than the first parts of pages are read ahead.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class OcrReader:
         """
         self.name = name
         self.changed = threading.Condition()
-        self.is_trusted = True
+        self.is_trusted = False
         self._num_threads = num_threads
         self._adapt = adapt
         self._idle = deque([adapt(open_engine(name))])

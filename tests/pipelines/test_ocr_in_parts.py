@@ -132,10 +132,16 @@ def settled(reading, part):
         )
 
 
+def trust(pipe, num_threads=1):
+    """As if a page had agreed."""
+    pipe._ocr_reader("tesserocr", num_threads).is_trusted = True
+
+
 def read_when(pipe, engine, arrivals, **options):
     """Reads pages as a batch whose parts come before a step each: 0 is before the call."""
     pages = PAGES[: len(arrivals)]
     engine.close()
+    trust(pipe, len(pages))
     readings = [pipe.read_ahead(one, ocr="tesserocr", ocr_workers=len(pages)) for one in pages]
 
     def arrive(num_steps):
@@ -208,6 +214,7 @@ def test_a_page_that_was_read_ahead_is_judged_too(pipe, engine, plain):
     for part in range(3):
         engine.texts[0, part] = "qqvw wvvq"
     engine.open()
+    trust(pipe)
     reading = pipe.read_ahead(PAGES[0], ocr="tesserocr")
     for part in range(3):
         settled(reading, part)
@@ -281,6 +288,7 @@ def test_a_call_that_is_stopped_gives_up_the_parts_that_are_left(pipe, engine):
 @pytest.fixture
 def reader(engine):
     reader = OcrReader("tesserocr")
+    reader.is_trusted = True
     yield reader
     engine.open()
     reader.stop(wait=True)
