@@ -6,9 +6,9 @@ Every system parses the same held-out pages of `bundled:pages` into a journal of
 model loaded once: ``plain`` without drafts, ``ocr`` with the drafts of an OCR engine that begins
 with a batch, ``ocr_wait`` where the batch waits for it, ``ahead`` with one that goes on with the
 next batch while this one is written, and ``ahead_2`` the same in two threads. On pages of the kind
-``failed`` 60 % of what the engine found is replaced by other letters. The clock runs from the first
-page that is read to the last that is written; waiting is a part of it. A reading that comes too
-late counts for the seconds of the OCR until its page is complete.
+``failed`` 60 % of what the engine finds in each part is replaced by other letters. The clock runs
+from the first page that is read to the last that is written; waiting is a part of it. A reading
+that comes too late counts for the seconds of the OCR until its page is complete.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import torch
 import typer
 from PIL import Image
 
-from mmspec.bench.document import garbled
+from mmspec.bench.document import garbling
 from mmspec.bench.measure import (
     Budget,
     Sample,
@@ -41,7 +41,7 @@ from mmspec.jobs.documents import ParseJob
 from mmspec.jobs.journal import Journal
 from mmspec.jobs.page_run import run_pages
 from mmspec.jobs.pages import list_tasks
-from mmspec.ocr import ENGINES, PageText, open_engine
+from mmspec.ocr import ENGINES, open_engine
 from mmspec.pipelines import SpeculativeDocumentPipeline
 
 MODEL, FAILED = "bundled:pages", "failed"
@@ -73,20 +73,6 @@ SYSTEMS = {
 }
 
 
-class FailedEngine:
-    """An engine that gets most letters wrong."""
-
-    engine = "tesserocr"
-
-    def __init__(self) -> None:
-        """Opens the real one."""
-        self._read = open_engine(self.engine)
-
-    def __call__(self, image: Image.Image) -> PageText:
-        """Reads a page, badly."""
-        return PageText(garbled(self._read(image).text))
-
-
 def main(
     kinds: Annotated[str, typer.Option(help="Kinds of pages, a folder each.")] = (
         ",".join(PAGE_KINDS)
@@ -103,8 +89,7 @@ def main(
 ) -> None:
     """Measures what is missing and writes the report."""
     budget, output = Budget(minutes), Output(json_only=False)
-    FailedEngine.engine = ocr
-    ENGINES[FAILED] = (ENGINES[ocr][0], FailedEngine)
+    ENGINES[FAILED] = (ENGINES[ocr][0], lambda: garbling(open_engine(ocr)))
     facts = provenance(torch.device("cpu"), ["pages"])
     store = open_store(out, "parse_folder", label, facts)
     names, missing = csv(systems, list(SYSTEMS)), []

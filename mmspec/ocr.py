@@ -33,12 +33,12 @@ _INK = 64
 _INK_OF_A_ROW = 0.002
 # Standard deviation of the blur, in pixels.
 _SMOOTHING = 1.0
-# Enlarging beyond this costs time and shows nothing more.
-_MOST_ENLARGED = 4.0
+#: Enlarging beyond this costs time and shows nothing more.
+MOST_ENLARGED = 4.0
 # A space between words that is this much of the line's height stands between columns.
 _COLUMN_GAP = 1.2
-# A step between lines that is this much of the usual one starts a paragraph.
-_PARAGRAPH_GAP = 1.3
+#: A step between lines that is this much of the usual one starts a paragraph.
+PARAGRAPH_GAP = 1.3
 # A line that ends before this share of its block's width ends a paragraph.
 _FULL_LINE = 0.8
 # Most words of a line, on average, in a block that may be a column of a table.
@@ -140,9 +140,9 @@ class TesserocrEngine:
         # White text on black is looked for otherwise, which costs a fifth of the time.
         self._api.SetVariable("tessedit_do_invert", "0")
 
-    def __call__(self, image: Image.Image) -> PageText:
-        """Reads a page."""
-        scale, scaled = prepared(image)
+    def __call__(self, image: Image.Image, pitch: float | None = None) -> PageText:
+        """Reads a page, or a part of one whose lines are so many pixels apart."""
+        scale, scaled = prepared(image, pitch)
         self._api.SetImage(scaled)
         self._api.SetSourceResolution(300)
         self._api.Recognize()
@@ -176,9 +176,9 @@ class RapidOcrEngine:
         """
         self._engine: Any = _imported("rapidocr", "rapidocr").RapidOCR()
 
-    def __call__(self, image: Image.Image) -> PageText:
-        """Reads a page."""
-        scale, scaled = prepared(image)
+    def __call__(self, image: Image.Image, pitch: float | None = None) -> PageText:
+        """Reads a page, or a part of one whose lines are so many pixels apart."""
+        scale, scaled = prepared(image, pitch)
         found = self._engine(np.asarray(scaled.convert("RGB"))[..., ::-1])
         if found.boxes is None:
             return PageText("")
@@ -193,7 +193,8 @@ class RapidOcrEngine:
         return _composed(_in_paragraphs(lines, full_line=0.0))
 
 
-Engine = Callable[[Image.Image], PageText]
+#: Reads a page; of a part, which has few lines, the distance of the page's lines is given too.
+Engine = Callable[..., PageText]
 
 #: Name -> (package, class), the preferred one first.
 ENGINES: dict[str, tuple[str, Callable[[], Engine]]] = {
@@ -235,15 +236,19 @@ def tessdata_folder(language: str = "eng") -> str:
     )
 
 
-def prepared(image: Image.Image) -> tuple[float, Image.Image]:
+def prepared(image: Image.Image, pitch: float | None = None) -> tuple[float, Image.Image]:
     """The picture in grey, as engines read it best, and by how much it was enlarged.
 
     Lines of text are made high enough, and a slight blur takes the noise of a scan: with a standard
     deviation of 40 Tesseract finds no text at all without it, and clean pages do not suffer.
+
+    Args:
+        image: The picture.
+        pitch: Distance of its lines; found if it is None.
     """
     grey = image.convert("L")
-    pitch = line_pitch(grey)
-    scale = min(max(LINE_PITCH / pitch, 1.0), _MOST_ENLARGED) if pitch else 1.0
+    pitch = pitch or line_pitch(grey)
+    scale = min(max(LINE_PITCH / pitch, 1.0), MOST_ENLARGED) if pitch else 1.0
     if scale > 1.0:
         size = (round(grey.width * scale), round(grey.height * scale))
         grey = grey.resize(size, Image.Resampling.LANCZOS)
@@ -352,7 +357,7 @@ def _in_paragraphs(block: _Block, full_line: float = _FULL_LINE) -> _Block:
     full = left + full_line * (max(rights, default=0) - left)
     lines = [_Line(line.spans, True) for line in block[:1]]
     for line, step, right in zip(block[1:], steps, rights[:-1], strict=True):
-        is_apart = step > _PARAGRAPH_GAP * usual or right < full
+        is_apart = step > PARAGRAPH_GAP * usual or right < full
         lines.append(_Line(line.spans, line.starts_paragraph and is_apart))
     return lines
 
@@ -360,17 +365,34 @@ def _in_paragraphs(block: _Block, full_line: float = _FULL_LINE) -> _Block:
 def _in_rows(blocks: Sequence[_Block]) -> list[_Line]:
     """The lines of all blocks; blocks beside each other with few words a line are a table.
 
-    Its columns are read row by row, as any output has them.
+    Its columns are read row by row, as any output has them, wherever the engine put them: it likes
+    to end the first column with what stands below the table.
     """
-    is_cell = [_is_column(block, blocks) for block in blocks]
+    tables = _tables([block for block in blocks if _is_column(block, blocks)])
     lines: list[_Line] = []
-    for is_table, run in itertools.groupby(zip(blocks, is_cell, strict=True), lambda pair: pair[1]):
-        found = [line for block, _ in run for line in block]
-        if is_table:
-            rows = _lines_of([span for line in found for span in line.spans])
-            found = [_Line(row.spans, index == 0) for index, row in enumerate(rows)]
-        lines += found
+    for block in blocks:
+        table = next((table for table in tables if any(block is one for one in table)), [block])
+        if len(table) == 1:
+            lines += block
+        elif block is table[0]:
+            rows = _lines_of([span for one in table for line in one for span in line.spans])
+            lines += [_Line(row.spans, index == 0) for index, row in enumerate(rows)]
     return lines
+
+
+def _tables(columns: Sequence[_Block]) -> list[list[_Block]]:
+    """Columns that stand at one height, in the order in which they came."""
+    tables: list[list[_Block]] = []
+    end = 0
+    for block in sorted(columns, key=_extent):
+        top, bottom = _extent(block)
+        if tables and top < end:
+            tables[-1].append(block)
+            end = max(end, bottom)
+        else:
+            tables.append([block])
+            end = bottom
+    return tables
 
 
 def _is_column(block: _Block, blocks: Sequence[_Block]) -> bool:

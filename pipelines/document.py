@@ -397,7 +397,10 @@ def _guided(
     memory: NgramTrie | None,
     waits: bool,
 ) -> DrafterSpec:
-    """The drafter of a batch: references and earlier pages."""
+    """The drafter of a batch, which the model is at from now on: references and earlier pages."""
+    if not waits:
+        for page in batch:
+            page.attend()
     options = {} if drafter is None else parse_spec(drafter)[1]
     return {
         "name": "reference",

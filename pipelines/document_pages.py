@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmspec.checks import require
-from mmspec.drafters.reference import Reference
+from mmspec.drafters.reference import LateText, Reference
 from mmspec.ocr import PageText
 from mmspec.ocr_reading import PendingReading, Reading
 from mmspec.pipelines.vlm_inputs import opened
@@ -63,8 +63,8 @@ class PageOutput:
         ocr_time_s: Seconds of OCR; of one that came too late, those until the page was complete.
         ocr_wait_s: Seconds of the call in which its batch waited for that.
         region_stats: Figures of its region pass.
-        error: Why it has no reference although one was asked for, such as that it came too late;
-            the text is right all the same.
+        error: Why it has no reference although one was asked for, or only the beginning of one,
+            such as that it came too late; the text is right all the same.
     """
 
     text: str
@@ -132,11 +132,22 @@ class Page:
         if given is not None and (given if isinstance(given, str) else given.text).strip():
             self.text, self.source = given, source
 
-    def reference(self) -> Reference:
-        """The page's reference, as far as there is one by now."""
+    def attend(self) -> None:
+        """The model is at the page from now on."""
         if self.reading is not None:
-            self._settle(self.reading.poll())
-        return self.text
+            self.reading.attend()
+
+    def reference(self) -> Reference | LateText:
+        """The page's reference, as far as there is one by now."""
+        reading = self.reading
+        found = reading.poll() if reading is not None else None
+        if reading is None or found is None:
+            return self.text
+        if found.text is None:
+            self._settle(found)
+            return None
+        self.take(found)
+        return LateText(found.text, reading.judge, found.is_final)
 
     def awaited_reference(self) -> Reference:
         """The page's reference; waits for the engine."""
@@ -147,14 +158,13 @@ class Page:
         return self.text
 
     def close(self) -> None:
-        """Gives up a reading that has brought nothing so far, and notes what became of it."""
+        """Gives up what was not read of the page so far, and notes what became of it."""
         if self.reading is not None:
             self._settle(self.reading.end())
 
-    def _settle(self, found: Reading | None) -> None:
-        if found is not None:
-            self.reading = None
-            self.take(found)
+    def _settle(self, found: Reading) -> None:
+        self.reading = None
+        self.take(found)
 
 
 def opened_pages(pages: Any, references: Any) -> list[Page]:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from mmspec.ocr import (
     ENGINES,
+    LINE_PITCH,
     PageText,
     Word,
     line_pitch,
@@ -19,6 +21,7 @@ from mmspec.ocr import (
     split_into_bands,
     tessdata_folder,
 )
+from mmspec.ocr_parts import cuts_of, joined
 
 LINES = [
     "A class can implement certain operations that are",
@@ -108,7 +111,61 @@ def test_a_page_without_text_has_none(engine):
     assert engine(Image.new("RGB", (300, 200), "white")) == PageText("")
 
 
+def read_in_parts(engine, image):
+    page, cuts = PageText(""), cuts_of(image)
+    for top, bottom in itertools.pairwise(cuts.edges):
+        part = engine(image.crop((0, top, image.width, bottom)), cuts.pitch)
+        page = joined(page, part, top, cuts.pitch)
+    return page
+
+
+@pytest.mark.parametrize("size", [14, 24])
+def test_a_page_is_read_in_parts_as_it_is_whole(engine, size):
+    image, lines = drawn([[line] for line in LINES * 2], size), LINES * 2
+    assert len(cuts_of(image).edges) == 4
+    page = read_in_parts(engine, image)
+    assert difference(page.text, lines) < 0.05
+    assert page.text.count("\n\n") == engine(image).text.count("\n\n") == 2
+    for word in page.words:
+        assert page.text[word.end - len(word.text) : word.end] == word.text
+        assert word.box[1] < word.box[3] <= image.height
+    tops = [word.box[1] for word in page.words]
+    assert all(after > before - size for before, after in itertools.pairwise(tops))
+
+
+def test_a_table_is_read_in_parts_row_by_row(engine):
+    rows = [*CELLS, *CELLS[1:], *CELLS[1:]]
+    lines = read_in_parts(engine, drawn(rows, columns=4)).text.replace("\n\n", "\n").split("\n")
+    assert lines == ["\t".join(row) for row in rows]
+
+
 # --------------------------------------------------------------------------- geometry
+
+
+def test_pages_are_cut_between_lines():
+    image = drawn([[line] for line in LINES * 2], 24)
+    ruled = image.copy()
+    for column in range(100, 800, 200):
+        ImageDraw.Draw(ruled).line((column, 0, column, image.height), fill=0, width=3)
+    for page in (image, ruled):
+        cuts = cuts_of(page)
+        assert cuts.pitch == pytest.approx(36, abs=1)
+        assert len(cuts.edges) == 4
+        for row in cuts.edges[1:-1]:
+            assert len(np.unique(np.asarray(page)[row - 2 : row + 2], axis=0)) == 1
+    beside = Image.new("L", (2 * image.width, image.height), 255)
+    beside.paste(image, (0, 0))
+    beside.paste(image, (image.width, 18))
+    # No row is empty in both columns but those between paragraphs.
+    for row in cuts_of(beside).edges[1:-1]:
+        assert np.asarray(beside)[row].min() == 255
+
+
+def test_what_cannot_be_cut_is_one_part():
+    small = prose().resize((200, 80))
+    assert cuts_of(small).pitch < LINE_PITCH / 4
+    for page in (small, Image.new("L", (100, 100), 255), drawn([["word"]])):
+        assert cuts_of(page).edges == (0, page.height)
 
 
 @pytest.mark.parametrize("size", [9, 14, 24])

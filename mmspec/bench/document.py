@@ -2,20 +2,23 @@
 
 As `mmspec.bench.vlm`, on pages of a document. A *document* is some pages of one kind in order; a
 system decodes them batch after batch, and those with a store draft later pages from earlier ones.
-The OCR reads the pages of a batch in a thread beside the model, from the batch's beginning on, anew
-for every system that drafts from it; what is not read when the batch is complete is given up. On
-pages of the kind ``failed`` it runs too, and what it found is garbled until most of it is wrong.
+The OCR reads the pages of a batch in a thread beside the model, part by part from the batch's
+beginning on, anew for every system that drafts from it; what is not read when the batch is complete
+is given up. On pages of the kind ``failed`` it runs too, and what it finds in each part is garbled
+until most of it is wrong; how sure it was is kept.
 """
 
 import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from PIL import Image
 
 from mmspec.bench.measure import Budget, Sample, csv, provenance, stem
 from mmspec.bench.report import Output, Section, table
@@ -38,8 +41,10 @@ from mmspec.bench.vlm import OURS as WITHOUT_TEXT
 from mmspec.bench.vlm_setups import PAGE_KINDS, VisionModel, load_pages, load_vlm
 from mmspec.bench.written import Bench, Entry, Session, make_card, make_configs, run_bench
 from mmspec.drafters import DrafterSpec
-from mmspec.ocr import ENGINES, installed_engines
-from mmspec.ocr_reading import OcrReader, PendingReading
+from mmspec.drafters.reference import AskedReference
+from mmspec.ocr import ENGINES, Engine, PageText, installed_engines
+from mmspec.ocr_reading import OcrReader
+from mmspec.pipelines.document_pages import Page
 
 #: Systems of ours that read a text beside the page. With a store, later pages are drafted from
 #: earlier ones too.
@@ -138,34 +143,57 @@ class Reader:
         if name == "auto":
             name = (installed_engines() or ["none"])[0]
         self.name = name
-        self._ask = PendingReading.wait if waits else PendingReading.poll
-        self._reader = None if name == "none" else OcrReader(name)
+        self._waits = waits
+        self._readers: dict[bool, OcrReader] = {}
+        if name != "none":
+            self._readers = {False: OcrReader(name), True: OcrReader(name, adapt=garbling)}
 
-    def begin(self, entries: Sequence[Entry]) -> tuple[list[Callable[[], str | None]], EndOcr]:
+    def begin(self, entries: Sequence[Entry]) -> tuple[list[AskedReference], EndOcr]:
         """Begins to read pages.
 
         Returns:
-            What gives the text of each once it is there, and what gives up the pages that are not
-            begun, waits for the others, and returns the seconds that they took.
+            What gives the text of each as far as it is there, and what gives up the parts that are
+            not begun, waits for the others, and returns the seconds that they took.
 
         Raises:
             Unavailable: If there is no engine.
         """
-        if self._reader is None:
+        if not self._readers:
             raise Unavailable("no OCR engine is installed")
-        readings = [self._reader.begin(entry["image"]) for entry in entries]
+        readings = [
+            self._readers[entry["kind"] == "failed"].begin(entry["image"]) for entry in entries
+        ]
+        pages = [
+            Page(entry["image"], reading=reading)
+            for entry, reading in zip(entries, readings, strict=True)
+        ]
 
         def end() -> float:
             for reading in readings:
                 reading.end()
             return sum(reading.wait().time_s for reading in readings)
 
-        pairs = zip(readings, entries, strict=True)
-        return [partial(self._text, reading, entry) for reading, entry in pairs], end
+        if self._waits:
+            return [page.awaited_reference for page in pages], end
+        for page in pages:
+            page.attend()
+        return [page.reference for page in pages], end
 
-    def _text(self, reading: PendingReading, entry: Entry) -> str | None:
-        found = self._ask(reading)
-        return None if found is None or found.text is None else _spoilt(found.text.text, entry)
+
+def garbling(engine: Engine) -> Engine:
+    """An engine that gets most letters wrong."""
+
+    def read(image: Image.Image, *pitch: float | None) -> PageText:
+        found = engine(image, *pitch)
+        text = garbled(found.text)
+        starts = [word.end - len(word.text) for word in found.words]
+        words = [
+            replace(word, text=text[start : word.end])
+            for word, start in zip(found.words, starts, strict=True)
+        ]
+        return PageText(text, tuple(words))
+
+    return read
 
 
 def _spoilt(text: str, entry: Entry) -> str:

@@ -61,10 +61,16 @@ class ReferenceText:
         symbols: Letters, digits and breaks, int32.
         places: For each number of symbols that were read, the index of the word and the letters of
             it that were read; where a gap was read, its word with 0 letters.
+        is_whole: Nothing of the text is missing behind its last word.
     """
 
     def __init__(
-        self, text: str, confidences: Sequence[tuple[int, float]] = (), default: float = 0.97
+        self,
+        text: str,
+        confidences: Sequence[tuple[int, float]] = (),
+        default: float = 0.97,
+        *,
+        is_whole: bool = True,
     ) -> None:
         """Cuts a text.
 
@@ -72,7 +78,9 @@ class ReferenceText:
             text: The text.
             confidences: Where parts of the text end, in order, and how sure their letters are.
             default: Confidence of what is behind the last of them.
+            is_whole: The output ends where it does.
         """
+        self.is_whole = is_whole
         found = list(_WORD.finditer(text))
         self.words = [match.group() for match in found]
         stops = [0, *(match.end() for match in found)]
@@ -97,7 +105,14 @@ class ReferenceText:
 
 
 class Alignment:
-    """Follows an output through a reference."""
+    """Follows an output through a reference.
+
+    Attributes:
+        reference: The reference.
+        num_letters: Letters and digits of the output.
+        most_agreed: The largest `num_agreed` so far.
+        has_ended: The output has come to the end of the reference.
+    """
 
     #: Weight of older observations of what the output writes for a kind of gap.
     DECAY = 0.8
@@ -108,22 +123,48 @@ class Alignment:
 
     def __init__(self, reference: ReferenceText) -> None:
         """Starts at the beginning of the reference."""
-        self.reference = reference
-        size = len(reference.symbols) + 1
-        self._slope = np.arange(size, dtype=np.int32) * _DELETE
-        self._cost = np.minimum(self._slope, _JUMP)
+        self.num_letters = 0
+        self.most_agreed = 0
         self._here = 0
         self._agreed = 0
         self._tail: list[int] = []
+        self._begin(reference)
         # What the output has written since its last letter or digit.
         self._gap = ""
         self._gaps: dict[str, dict[str, float]] = {}
+
+    def _begin(self, reference: ReferenceText) -> None:
+        """The output may stand at the beginning, or anywhere after a jump."""
+        self.reference = reference
+        self._slope = np.arange(len(reference.symbols) + 1, dtype=np.int32) * _DELETE
+        self._cost = np.minimum(self._slope, _JUMP)
+        self.has_ended = False
+
+    def grow(self, reference: ReferenceText) -> None:
+        """Goes on in a reference that has more text behind what it had.
+
+        What was learned of gaps is kept. Where the output does not agree just now, the latest
+        symbols of it find their place anew.
+        """
+        is_settled, tail = self._agreed >= self.SETTLED, self._tail
+        self._begin(reference)
+        if is_settled:
+            return
+        if len(tail) == self.LOOK_BACK:
+            # More was written than they are: the first of them may stand anywhere.
+            self._cost[:] = 0
+        else:
+            self._here = 0
+        self._tail, self._agreed = [], 0
+        for symbol in tail:
+            self._advance(symbol)
 
     def extend(self, text: str, *, is_markup: bool = False) -> None:
         """Reads what was appended to the output; markup holds no letters of the text."""
         for character in text:
             if not is_markup and character.isalnum():
                 symbol = _symbol(character)
+                self.num_letters += 1
                 if self._gap:
                     self._learn(symbol)
                     self._gap = ""
@@ -159,6 +200,7 @@ class Alignment:
         agrees = self._here < len(symbols) and symbols[self._here] == symbol
         if agrees and self._agreed >= self.SETTLED:
             self._here += 1
+            self.has_ended = self.has_ended or self._here == len(symbols)
             return
         old = self._cost = self._costs()
         new = old + _INSERT
@@ -173,7 +215,9 @@ class Alignment:
         ahead = np.searchsorted(best, self._here)
         moved_to = int(best[ahead] if ahead < len(best) else best[-1])
         self._agreed = self._agreed + 1 if agrees and moved_to == self._here + 1 else 0
+        self.most_agreed = max(self.most_agreed, self._agreed)
         self._here = moved_to
+        self.has_ended = self.has_ended or moved_to == len(symbols)
 
     def _costs(self) -> np.ndarray:
         """What it costs to stand at each place.
@@ -215,7 +259,7 @@ class Alignment:
             pieces.append((reference.words[index], reference.confidences[index]))
             total += len(pieces[-2][0]) + len(pieces[-1][0])
             index, begun = index + 1, ""
-        is_final = index == len(reference.words)
+        is_final = index == len(reference.words) and reference.is_whole
         if is_final:
             # Whatever space ends a text, an output seldom does.
             pieces.append((reference.gaps[index].rstrip().removeprefix(begun), 1.0))

@@ -11,6 +11,7 @@ Source of the idea: OCR as the drafter of a document model, HSD (arXiv 2602.1295
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mmspec.drafters.alignment import Alignment, Continuation, ReferenceText
@@ -44,15 +45,38 @@ _RETRIEVED = 31
 # a row agree with it: that is seen without drafting.
 _LEAST_TOKENS = 1.0
 _EVIDENCE = 8
+# Letters and digits of the output after which the beginning of a reference with which nothing of
+# them agrees is useless: as many as it has itself, at least and at most these.
+_LEAST_LETTERS, _MOST_LETTERS = 32, 128
 # Chance of the first token where nothing before it agrees.
 _NO_MATCH = 0.4
 # Signs of a byte sequence that is not complete yet.
 _INCOMPLETE = "\ufffd"
 
 
-#: A text, or what returns it once it is there and None before: an engine may still be at work.
+#: A text that the output probably resembles.
 Reference = str | PageText | None
-References = Sequence[Reference | Callable[[], Reference]]
+
+
+@dataclass(frozen=True, slots=True)
+class LateText:
+    """A reference that is being read, as far as it is there.
+
+    Attributes:
+        text: What there is by now.
+        judge: Told once, when it is known, whether the output agrees with it. If it does not, no
+            more of it is asked for.
+        is_whole: No more will come.
+    """
+
+    text: str | PageText
+    judge: Callable[[bool], None]
+    is_whole: bool = False
+
+
+#: What is asked for a reference: None while there is none.
+AskedReference = Callable[[], Reference | LateText]
+References = Sequence[Reference | AskedReference]
 
 
 class ReferenceDrafter:
@@ -60,7 +84,8 @@ class ReferenceDrafter:
 
     Attributes:
         memory: The trie of the retrieval, as in `NgramDrafter`.
-        on_arrival: Called when a reference has come after the rows were made.
+        on_arrival: Called when a reference has come after the rows were made. One that is
+            not whole has when the output is seen to agree with it, and whenever it grows.
     """
 
     name = "reference"
@@ -84,7 +109,8 @@ class ReferenceDrafter:
             rows: The rows.
             vocab_size: The target's vocabulary.
             references: One per row: a text, None, or what is called for it after the prompts are
-                read, and before every step as long as it returns None.
+                read, and before every step as long as it returns None, or a `LateText` that is
+                not whole or not judged.
             tokenizer: The target's tokenizer.
             sources: One counter per row, which is told where its tokens came from: "reference",
                 "ngram" or "target". What both found counts for the reference.
@@ -108,7 +134,12 @@ class ReferenceDrafter:
         self._num_places = _PLACES if branching > 1 else 1
         self._sources = sources
         self.on_arrival: Callable[[], None] = lambda: None
-        self._followers = [None if callable(one) else self._follower(one) for one in references]
+        self._known: dict[int, tuple[Reference, bool]] = {}
+        self._judged: set[int] = set()
+        self._followers = [
+            None if callable(one) or (text := _cut(one)) is None else self._follower(text)
+            for one in references
+        ]
         self._found: list[list[Draft]] = []
 
     def prefill(self) -> None:
@@ -157,19 +188,55 @@ class ReferenceDrafter:
                     follower.learn(new)
 
     def _ask(self) -> None:
-        """Follows the references that have come by now."""
+        """Follows the references as far as they have come by now."""
         for row, ask in list(self._asked.items()):
             given = None if self._rows.host_done[row] else ask()
-            if given is not None:
+            if isinstance(given, LateText):
+                self._follow(row, given.text, is_whole=given.is_whole)
+                self._judge(row, given)
+            elif given is not None:
                 del self._asked[row]
-                self._followers[row] = follower = self._follower(given)
-                if follower is not None:
-                    follower.learn(self._rows.new_tokens(row))
-                    self.on_arrival()
+                self._follow(row, given, is_whole=True)
 
-    def _follower(self, given: Reference) -> "_Follower | None":
-        text = _cut(given)
-        return _Follower(text, self._spelling, self._num_places) if text is not None else None
+    def _follow(self, row: int, given: str | PageText, *, is_whole: bool) -> None:
+        """Follows a reference if it has come or grown."""
+        known, was_whole = self._known.get(row, (None, False))
+        if given is known and is_whole == was_whole:
+            return
+        self._known[row] = given, is_whole
+        text = _cut(given, is_whole=is_whole)
+        if text is None:
+            return
+        follower = self._followers[row]
+        if follower is None:
+            self._followers[row] = follower = self._follower(text)
+            follower.learn(self._rows.new_tokens(row))
+        else:
+            follower.grow(text)
+        if is_whole or row in self._judged:
+            self.on_arrival()
+
+    def _judge(self, row: int, given: LateText) -> None:
+        """Tells once whether the row agrees with what has come."""
+        follower = self._followers[row]
+        if follower is not None and row not in self._judged:
+            agrees = follower.agrees()
+            if agrees is None:
+                return
+            self._judged.add(row)
+            given.judge(agrees)
+            if agrees and not given.is_whole:
+                self.on_arrival()
+            elif not agrees:
+                # What is whole may agree further down.
+                self._followers[row] = follower if given.is_whole else None
+                del self._asked[row]
+                return
+        if given.is_whole:
+            del self._asked[row]
+
+    def _follower(self, text: ReferenceText) -> "_Follower":
+        return _Follower(text, self._spelling, self._num_places)
 
     def _rest(self) -> None:
         """Looks for nothing in this step, so that nothing is learnt of drafts."""
@@ -254,19 +321,36 @@ class _Follower:
         self._raw = Draft()
         self._catch_up()
         brought = self._brought / self._drafted
-        if brought < _LEAST_TOKENS and self._alignment.num_agreed < _EVIDENCE:
+        alignment = self._alignment
+        is_past = alignment.has_ended and not alignment.reference.is_whole
+        if (is_past or brought < _LEAST_TOKENS) and alignment.num_agreed < _EVIDENCE:
             return self._raw
         trust = self._right / self._drafted
         most = min(budget, max(math.ceil(_STRETCH * brought), _TOKENS_OF_OTHERS))
         limits = [most, min(most, _TOKENS_OF_OTHERS)][: self._num_places]
         per_token = _SPARE * self._num_characters / self._num_read
-        following = self._alignment.continuations(*(math.ceil(n * per_token) for n in limits))
+        following = alignment.continuations(*(math.ceil(n * per_token) for n in limits))
         chains = [
             self._chain(one, tail, limit, trust * 0.5**rank)
             for rank, (one, limit) in enumerate(zip(following, limits, strict=False))
         ]
         self._raw = chains[0] if len(chains) == 1 else merge(chains, budget)
         return self._calibration.calibrated(self._raw)
+
+    def grow(self, reference: ReferenceText) -> None:
+        """Goes on in a reference that has more text behind what it had."""
+        self._catch_up()
+        self._alignment.grow(reference)
+
+    def agrees(self) -> bool | None:
+        """Whether the output agrees with the reference; None if that cannot be told by now."""
+        self._catch_up()
+        alignment = self._alignment
+        if alignment.most_agreed >= _EVIDENCE:
+            return True
+        size = len(alignment.reference.symbols)
+        patience = min(max(size, _LEAST_LETTERS), _MOST_LETTERS)
+        return None if alignment.num_letters < patience else False
 
     def rest(self) -> None:
         """Drafts nothing in this step."""
@@ -324,7 +408,7 @@ class _Follower:
         return Draft(tokens, list(range(-1, len(tokens) - 1)), one.match_length, scores)
 
 
-def _cut(given: Reference) -> ReferenceText | None:
+def _cut(given: Reference, *, is_whole: bool = True) -> ReferenceText | None:
     """A reference from what a user passes; None where it has no words.
 
     Raises:
@@ -338,7 +422,8 @@ def _cut(given: Reference) -> ReferenceText | None:
         raise ValueError(f"a reference must be a text, a PageText or None, got {given!r}")
     # Half a surrogate pair is no text for a tokenizer; this keeps the length.
     readable = given.text.encode("utf-8", "replace").decode("utf-8")
-    text = ReferenceText(readable, [(word.end, word.confidence) for word in given.words])
+    confidences = [(word.end, word.confidence) for word in given.words]
+    text = ReferenceText(readable, confidences, is_whole=is_whole)
     return text if text.words else None
 
 

@@ -10,7 +10,7 @@ from tiny import tiny_model
 from vlm_processors import LETTERS, tokenizer
 
 from mmspec.drafters.alignment import Alignment
-from mmspec.drafters.reference import ReferenceDrafter
+from mmspec.drafters.reference import LateText, ReferenceDrafter
 from mmspec.law_config import LawConfig
 from mmspec.noise import row_keys
 from mmspec.ocr import PageText, Word
@@ -180,6 +180,80 @@ def test_a_reference_that_never_comes_is_none():
     alone = forwards(None)
     assert forwards(read) == alone
     assert len(asked) == alone + 1
+
+
+class Growing:
+    """A reference whose parts come when it is asked for once more than a count each."""
+
+    def __init__(self, counts, reference=TRUTH):
+        size = -(-len(reference) // len(counts))
+        self.counts = counts
+        self.texts = [reference[: size * part] for part in range(1, len(counts) + 1)]
+        self.verdicts = []
+        self.asked = 0
+
+    def __call__(self):
+        self.asked += 1
+        there = sum(self.asked > count for count in self.counts)
+        if not there:
+            return None
+        text = self.texts[there - 1]
+        return text if there == len(self.counts) else LateText(text, self.verdicts.append)
+
+
+def test_a_reference_that_grows_in_time_is_one_that_was_there():
+    """No end is drafted before it has come."""
+    whole = forwards(TRUTH)
+    for counts in ((0, 0, 0), (0, 4, 7), (0, 1, 2, 3, 4, 5, 6)):
+        growing = Growing(counts)
+        assert forwards(growing) <= whole + 1
+        assert growing.verdicts in ([], [True])
+        assert growing.asked == counts[-1] + 1
+
+
+@pytest.mark.parametrize("resting", [range(1), range(40)])
+def test_a_part_that_comes_late_is_found(resting):
+    """What was written beyond the last part does not matter, nor that the drafter rests."""
+    for counts in ((0, 60), (0, 60, 62), (30, 31, 60), (20, 25, 10**6)):
+        growing = Growing(counts)
+        num = forwards(growing, resting=resting)
+        assert growing.verdicts == [True]
+        assert num < forwards(None, resting=resting)
+        if counts[-1] < 10**6:
+            assert num <= forwards(after(60)[0], resting=resting)
+
+
+@pytest.mark.parametrize("resting", [range(1), range(1000)])
+def test_a_part_of_another_text_is_told_and_dropped(resting):
+    lie = Growing((3, 10**6), "0123456789 qzx jvk wqq " * 6)
+    alone = forwards(None, resting=resting)
+    assert forwards(lie, resting=resting) <= alone + 12
+    assert lie.verdicts == [False]
+    # Asked until the output had as many letters as the part has.
+    letters = sum(map(str.isalnum, lie.texts[0]))
+    assert letters < lie.asked < letters + 32
+    few = Growing((3, 10**6), "qzx " * 6)
+    forwards(few, resting=range(1000))
+    assert few.verdicts == [False]
+    assert 32 < few.asked < 48
+
+
+def test_a_schedule_wakes_when_a_part_is_seen_to_agree():
+    rows = rows_of([LETTER.encode("=")])
+    news, growing = [], Growing((0, 30))
+    drafter = ReferenceDrafter(rows, len(LETTER), references=[growing], tokenizer=LETTER)
+    drafter.on_arrival = lambda: news.append(len(rows.host_tokens[0]) - 1)
+    drafter.prefill()
+    for letter in LETTER.encode(TRUTH[:40]):
+        proposal = drafter.propose(Plan(width=1))
+        rows.host_tokens[0].append(letter)
+        outcome = Outcome(
+            new_units=([letter],), num_accepted=(0,), done=(False,), was_active=(True,)
+        )
+        drafter.commit(proposal, None, None, outcome)
+    seen, grown = news
+    assert 8 <= seen <= 12
+    assert grown == 29
 
 
 def test_a_reference_is_not_looked_at_for_a_row_that_has_ended():
