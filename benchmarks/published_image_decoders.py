@@ -51,7 +51,10 @@ REFUSALS = (
 PARTS = ("law", "forwards", "refusals", "accuracy")
 BATCH = 16
 EXACT = "Gumbel fixed point (exact)"
-SEEDED, FRESH = {}, {"shared_noise": False, "keep_laws": True}
+#: Windows as published: stale guesses stay.
+SEEDED: dict[str, Any] = {"mend": False}
+SHARED = SEEDED | {"keep_laws": True}
+FRESH = SHARED | {"shared_noise": False}
 
 
 def grouped(law: Any, rows: Any, *, codes: Tensor, stride: int, lenience: float) -> Any:
@@ -70,7 +73,7 @@ SYSTEMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "SCD, maximal coupling (coupled)": (MaximalCoupling, JacobiDrafter, FRESH),
     "block, coupled behind it": (published.CoupledBlock, JacobiDrafter, FRESH),
     "SCD, Gumbel coupling": (
-        partial(IndependentRedraft, shared_noise=True), JacobiDrafter, {"keep_laws": True},
+        partial(IndependentRedraft, shared_noise=True), JacobiDrafter, SHARED,
     ),
     "SJD (sjd)": (IndependentRedraft, JacobiDrafter, FRESH),
     "SJD, minimum of a batch": (published.BatchMinimum, published.StaleAccepted, FRESH),

@@ -306,6 +306,18 @@ def test_fewer_rows_get_a_wider_window():
     assert schedule.plan().width > wide
 
 
+@pytest.mark.parametrize(("num_waiting", "units"), [(0, 3.0), (1, 5.0)])
+def test_half_of_what_counts_is_the_slowest_row_unless_others_wait(num_waiting, units):
+    memory = WindowMemory()
+    schedule = WindowSchedule(64, endless, lambda: 2, memory, lambda: num_waiting)
+    schedule.observe(record(1, num_rows=2))
+    for _ in range(40):
+        step = record(schedule.plan().width, num_rows=2)
+        schedule.observe(dataclasses.replace(step, num_emitted=(1, 9)))
+    width = max(memory.trials, key=lambda width: memory.trials[width])
+    assert memory.units[width] / memory.trials[width] == pytest.approx(units)
+
+
 def test_the_window_ends_with_the_rows():
     left = [100]
     schedule = WindowSchedule(64, lambda: left[0], one)
