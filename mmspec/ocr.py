@@ -26,11 +26,6 @@ Box = tuple[int, int, int, int]
 
 #: Distance of two lines of text, in pixels, from which an engine reads well.
 LINE_PITCH = 44
-# A gap between lines that is this much of the usual one is a place to cut a page.
-_WIDE_GAP = 1.5
-# Difference to the paper's shade that is ink, and the share of ink that makes a row of pixels one.
-_INK = 64
-_INK_OF_A_ROW = 0.002
 # Standard deviation of the blur, in pixels.
 _SMOOTHING = 1.0
 #: Enlarging beyond this costs time and shows nothing more.
@@ -269,36 +264,6 @@ def line_pitch(grey: Image.Image) -> float | None:
         return None
     # Twice the distance is nearly as good; letters alone make small peaks before.
     return float(peaks[similar[peaks] > 0.8 * similar[peaks].max()][0])
-
-
-def split_into_bands(image: Image.Image, most: int = 8) -> list[tuple[int, int]]:
-    """Cuts a page at its widest empty bands: first and last row, exclusive, of each part.
-
-    Only bands across the whole page count: columns beside each other stay together.
-
-    Args:
-        image: The page.
-        most: Most parts.
-    """
-    grey = image.convert("L").filter(ImageFilter.GaussianBlur(2 * _SMOOTHING))
-    pixels = np.asarray(grey, dtype=np.int16)
-    is_ink = abs(pixels - np.median(pixels)) > _INK
-    has_ink = np.concatenate([[False], is_ink.mean(1) > _INK_OF_A_ROW, [False]])
-    edges = np.flatnonzero(has_ink[1:] != has_ink[:-1]).tolist()
-    bands = list(zip(edges[::2], edges[1::2], strict=True))
-    if not bands:
-        return []
-    gaps = [below[0] - above[1] for above, below in itertools.pairwise(bands)]
-    # The gap between two lines of a paragraph is no place to cut.
-    usual = statistics.median_low(gaps) if gaps else 0
-    widest = sorted((gap for gap in gaps if gap > _WIDE_GAP * usual), reverse=True)[: most - 1]
-    parts = [bands[0]]
-    for gap, band in zip(gaps, bands[1:], strict=True):
-        if widest and gap >= widest[-1] and len(parts) < most:
-            parts.append(band)
-        else:
-            parts[-1] = (parts[-1][0], band[1])
-    return parts
 
 
 @contextmanager

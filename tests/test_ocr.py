@@ -18,7 +18,6 @@ from mmspec.ocr import (
     Word,
     line_pitch,
     open_engine,
-    split_into_bands,
     tessdata_folder,
 )
 from mmspec.ocr_parts import cuts_of, joined
@@ -172,15 +171,6 @@ def test_what_cannot_be_cut_is_one_part():
 def test_line_pitch_is_that_of_the_lines(size):
     assert line_pitch(prose(size)) == pytest.approx(size * 3 // 2, abs=1)
     assert line_pitch(Image.new("L", (100, 100), 255)) is None
-
-
-def test_pages_are_cut_where_they_are_widely_empty():
-    image = prose()
-    (_, end), (start, _) = bands = split_into_bands(image)
-    assert len(bands) == 2
-    assert end < 4.5 * 36 < start
-    assert split_into_bands(image, most=1) == [(bands[0][0], bands[1][1])]
-    assert split_into_bands(Image.new("L", (100, 100), 255)) == []
 
 
 def test_the_text_between_two_heights():
