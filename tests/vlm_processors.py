@@ -7,7 +7,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import is_num2words_available
-from vlm import TOWER
+from vlm import TOWER, tiny_vlm
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,:;!?-0123456789\n'()+="
 #: In the order of their ids behind the letters, those of `vlm.SPECIAL` first.
@@ -201,3 +201,11 @@ PROCESSORS = {
 if is_num2words_available():
     # It writes the number of frames as a word.
     PROCESSORS["smolvlm"] = smolvlm
+
+
+def loaded_vlm(name: str) -> tuple[Any, Any]:
+    """A tiny model and its processor, which agree on the token that ends an answer."""
+    processor = PROCESSORS[name]()
+    model = tiny_vlm(name)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    return model, processor

@@ -5,8 +5,7 @@ import time
 import pytest
 import torch
 from PIL import Image, ImageOps
-from vlm import tiny_vlm
-from vlm_processors import PROCESSORS
+from vlm_processors import loaded_vlm
 
 import mmspec.ocr_reading as ocr_reading
 import mmspec.pipelines.document as document
@@ -29,10 +28,7 @@ PAGES = [page(1), page(2), page(3, (40, 56))]
 
 
 def make_pipe(name="idefics3", **options):
-    processor = PROCESSORS[name]()
-    model = tiny_vlm(name)
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    pipe = SpeculativeDocumentPipeline.from_model(model, processor, schedule="fixed", **options)
+    pipe = SpeculativeDocumentPipeline.from_model(*loaded_vlm(name), schedule="fixed", **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

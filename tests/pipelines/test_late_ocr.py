@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from vlm import tiny_vlm
-from vlm_processors import PROCESSORS
+from vlm_processors import loaded_vlm
 
 import mmspec.ocr_reading as ocr_reading
 from mmspec.documents import Reader
@@ -59,10 +58,7 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def loaded():
-    processor = PROCESSORS["idefics3"]()
-    model = tiny_vlm("idefics3")
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    return model, processor
+    return loaded_vlm("idefics3")
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from tiny import tiny_model
 from transformers import TextStreamer
-from vlm import SUPPORTED, tiny_vlm
-from vlm_processors import PROCESSORS
+from vlm import SUPPORTED
+from vlm_processors import PROCESSORS, loaded_vlm
 
 from mmspec.pipelines import SpeculativeVLMPipeline
 
@@ -18,10 +18,7 @@ def picture(seed, width=12, height=8):
 
 
 def make_pipe(name):
-    processor = PROCESSORS[name]()
-    model = tiny_vlm(name)
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    pipe = SpeculativeVLMPipeline.from_model(model, processor, schedule="fixed")
+    pipe = SpeculativeVLMPipeline.from_model(*loaded_vlm(name), schedule="fixed")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
