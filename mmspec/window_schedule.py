@@ -6,10 +6,11 @@ nothing about the first positions of a narrow one, and the other way round. Here
 unknown says what a window of any width brings once it has settled (docs/schedule.md).
 """
 
+import functools
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,21 @@ def settled_units(width: int, endless: float) -> float:
     reach, bend = width**WindowMemory.POWER, WindowMemory.BEND
     share = reach**-bend
     return float((share + (1 - share) * endless**-bend) ** (-1 / bend))
+
+
+# A width is chosen in every step, beside which a small model's forward is short: what does not
+# change from step to step is kept.
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_units(width: int) -> tuple[float, ...]:
+    """Logarithms of what a settled window brings, for each of the limits that are considered."""
+    return tuple(math.log(settled_units(width, endless)) for endless in WindowMemory.ENDLESS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _median(samples: tuple[float, ...]) -> float:
+    return statistics.median_low(samples)
 
 
 class WindowMemory:
@@ -87,55 +103,67 @@ class WindowMemory:
         """Units per row and step of a settled window, as a function of its width."""
         seen = [(w, n, math.log(self.units[w] / n)) for w, n in self.trials.items() if n > 0.5]
         prior = math.log(self.PRIOR_ENDLESS)
-
-        def misfit(endless: float) -> float:
-            far = self.PRIOR_TRIALS * (math.log(endless) - prior) ** 2
-            return far + sum(n * (u - math.log(settled_units(w, endless))) ** 2 for w, n, u in seen)
-
-        endless = min(self.ENDLESS, key=misfit)
+        misfits = [self.PRIOR_TRIALS * (math.log(e) - prior) ** 2 for e in self.ENDLESS]
+        for width, trials, units in seen:
+            for place, curve in enumerate(_log_units(width)):
+                misfits[place] += trials * (units - curve) ** 2
+        place = misfits.index(min(misfits))
         known = {w: (n / (n + self.TRUST_TRIALS), u) for w, n, u in seen}
 
         def units(width: int) -> float:
-            curve = settled_units(width, endless)
+            curve = _log_units(width)[place]
             trust, log_units = known.get(width, (0.0, 0.0))
-            return math.exp((1 - trust) * math.log(curve) + trust * log_units)
+            return math.exp((1 - trust) * curve + trust * log_units)
 
         return units
 
     def cost(self, num_rows: int, width: int) -> float | None:
-        """Seconds of a step: as measured, else from a line through what was measured.
+        """Seconds of a step, as `costs_at` says; None where nothing is known."""
+        return self.costs_at(num_rows, [width]).get(width)
+
+    def costs_at(self, num_rows: int, widths: Iterable[int]) -> dict[int, float]:
+        """Seconds of steps: as measured, else from a line through what was measured.
 
         The first step of a width may hold a compilation; of two the faster counts, and the line
         may lower a single one.
+
+        Args:
+            num_rows: Rows fed.
+            widths: Those that are asked for; one of which nothing is known is left out.
         """
-        samples = self.costs.get((num_rows, width), ())
-        if len(samples) > 1:
-            return statistics.median_low(samples)
-        guess = self._guessed(num_rows, width)
-        return min([*samples, *([] if guess is None else [guess])], default=None)
-
-    def _guessed(self, num_rows: int, width: int) -> float | None:
-        """A line over the nodes fed, moved so that it meets the nearest measured cell."""
-        cells = {
-            cell: statistics.median_low(samples)
-            for cell, samples in self.costs.items()
-            if cell != (num_rows, width) and samples
-        }
-        if not cells:
-            return None
-        base, slope = _line([(rows * width, seconds) for (rows, width), seconds in cells.items()])
-        nodes = num_rows * width
-
-        def distance(cell: tuple[int, int]) -> float:
-            other_rows, other_width = cell
-            return abs(math.log(other_width / width)) + 2 * abs(math.log(other_rows / num_rows))
-
-        nearest = min(cells, key=distance)
-        at_nearest = base + slope * nearest[0] * nearest[1]
-        return cells[nearest] * (base + slope * nodes) / at_nearest
+        cells = {cell: _median(tuple(samples)) for cell, samples in self.costs.items() if samples}
+        costs = {}
+        for width in widths:
+            cell = num_rows, width
+            measured = cells.get(cell)
+            if measured is not None and len(self.costs[cell]) > 1:
+                costs[width] = measured
+                continue
+            others = {other: cells[other] for other in cells if other != cell}
+            known = [] if measured is None else [measured]
+            if others:
+                known.append(_guessed(tuple(others.items()), num_rows, width))
+            if known:
+                costs[width] = min(known)
+        return costs
 
 
-def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
+@functools.lru_cache(maxsize=256)
+def _guessed(cells: tuple[tuple[tuple[int, int], float], ...], num_rows: int, width: int) -> float:
+    """Seconds on a line over the nodes fed, moved so that it meets the nearest measured cell."""
+    base, slope = _line(tuple((rows * wide, seconds) for (rows, wide), seconds in cells))
+    (rows, wide), seconds = min(cells, key=lambda cell: _distance(*cell[0], num_rows, width))
+    return seconds * (base + slope * num_rows * width) / (base + slope * rows * wide)
+
+
+@functools.lru_cache(maxsize=4096)
+def _distance(rows: int, width: int, other_rows: int, other_width: int) -> float:
+    """How little the cost of one kind of step says of that of another."""
+    return abs(math.log(width / other_width)) + 2 * abs(math.log(rows / other_rows))
+
+
+@functools.lru_cache(maxsize=64)
+def _line(points: tuple[tuple[int, float], ...]) -> tuple[float, float]:
     """Base and slope, neither below 0, with the least relative squares."""
     # Weights 1 / seconds**2: ten percent matter as much in a narrow step as in a wide one.
     one = sum(1 / s**2 for _, s in points)
@@ -168,6 +196,9 @@ class WindowSchedule:
     #: window brings.
     BEGINNING = 14
     SETTLING = 4
+    #: Steps for which a width stands that has been chosen twice, while no row ends: beside a small
+    #: model's forward, choosing is not free.
+    PATIENCE = 4
 
     def __init__(
         self,
@@ -203,16 +234,22 @@ class WindowSchedule:
         self._width = 0
         self._steps = 0
         self._last_change = 0
+        self._next_choice = 0
+        self._num_rows = 0
 
     def plan(self) -> Plan:
         """Returns the plan of the next step; the first is plain, for the prefill answers it."""
         if not self._has_begun:
             return Plan(width=1)
         self._steps += 1
-        width = self._chosen_width(max(self._num_active(), 1))
-        if width != self._width:
-            self._width, self._last_change = width, self._steps
-        return Plan(width=clamped(width, self._remaining()))
+        num_rows = max(self._num_active(), 1)
+        if self._steps >= self._next_choice or num_rows != self._num_rows:
+            width = self._chosen_width(num_rows)
+            stands = width == self._width and not self._probes
+            self._num_rows, self._next_choice = num_rows, self._steps + self.PATIENCE * stands
+            if width != self._width:
+                self._width, self._last_change = width, self._steps
+        return Plan(width=clamped(self._width, self._remaining()))
 
     def observe(self, record: StepRecord) -> None:
         """Learns the cost and the acceptance of a finished step."""
@@ -235,10 +272,8 @@ class WindowSchedule:
         if probe is not None:
             return probe
         units = self.memory.expected()
-        rates = {}
-        for width in self._widths:
-            cost = self.memory.cost(num_rows, width)
-            rates[width] = units(width) / cost if cost else math.inf
+        costs = self.memory.costs_at(num_rows, self._widths)
+        rates = {w: units(w) / costs[w] if w in costs else math.inf for w in self._widths}
         best = max(rates, key=lambda width: rates[width])
         if rates[best] <= self.MARGIN * rates.get(self._width, 0.0):
             return self._width

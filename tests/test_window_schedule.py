@@ -290,7 +290,9 @@ def test_a_little_better_is_no_reason_to_change():
     memory.costs[1, 32].extend([units(32) / 1.22] * 9)
     assert schedule.plan().width == 16
     memory.costs[1, 32].extend([units(32) / 1.3] * 9)
-    assert schedule.plan().width == 32
+    # A choice that was confirmed stands for some steps.
+    widths = [schedule.plan().width for _ in range(schedule.PATIENCE)]
+    assert widths == [16] * (schedule.PATIENCE - 1) + [32]
 
 
 def test_fewer_rows_get_a_wider_window():
