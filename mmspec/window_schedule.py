@@ -244,8 +244,9 @@ class WindowSchedule:
         self._steps += 1
         num_rows = max(self._num_active(), 1)
         if self._steps >= self._next_choice or num_rows != self._num_rows:
+            is_probing = bool(self._probes)
             width = self._chosen_width(num_rows)
-            stands = width == self._width and not self._probes
+            stands = width == self._width and not is_probing
             self._num_rows, self._next_choice = num_rows, self._steps + self.PATIENCE * stands
             if width != self._width:
                 self._width, self._last_change = width, self._steps
