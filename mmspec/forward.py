@@ -5,6 +5,7 @@ what the tokens mean. Shape suffixes as in `mmspec.records`, and
     R  rows fed to a forward, in the order of the cache
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,8 @@ from torch import Tensor
 from mmspec.cache import SlotCache, slot_mask
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
+#: Numbers of a mask that is kept for chains of one width, in halves.
+MAX_BAND = 1 << 19
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -310,13 +313,13 @@ class SlotForward:
         # The least number, not -inf: a padding node that sees nothing must not turn into NaN.
         dtype, device = self.model.dtype, depth_BN.device
         least = torch.finfo(dtype).min
+        capacity = self.cache.cursor.capacity
 
         def build(window: int | None) -> Tensor:
             if past is not None and (window is None or extent <= window):
                 # Each node sees the cached tokens, the nodes before it and itself.
-                size = (depth_BN.shape[1], extent)
-                causal_NS = torch.full(size, least, dtype=dtype, device=device).triu_(past + 1)
-                return causal_NS.expand(len(depth_BN), 1, -1, -1)
+                seen_NS = _causal(depth_BN.shape[1], past, extent, capacity, dtype, device)
+                return seen_NS.expand(len(depth_BN), 1, -1, -1)
             mask = slot_mask(cached_B, ancestors_BNN, depth_BN, extent, window)
             zero = torch.zeros((), dtype=dtype, device=device)
             return torch.where(mask, zero, least)
@@ -328,6 +331,26 @@ class SlotForward:
             # Not every model with layers of one kind takes masks by kind.
             return build(windows[self._layer_types[0]])
         return {kind: build(windows[kind]) for kind in self._layer_types}
+
+
+def _causal(
+    num_nodes: int, past: int, extent: int, capacity: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What the nodes of a chain behind ``past`` cached tokens may see, ``[N, S]``, to be added."""
+    if num_nodes * capacity <= MAX_BAND:
+        return _band(num_nodes, capacity, dtype, device)[:, capacity - past :][:, :extent]
+    least = torch.finfo(dtype).min
+    return torch.full((num_nodes, extent), least, dtype=dtype, device=device).triu_(past + 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _band(num_nodes: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Masks of chains wherever they begin: columns ``reach - past`` on are that behind ``past``.
+
+    A step then makes no mask but cuts one out. It is shared, and must not be written to.
+    """
+    least = torch.finfo(dtype).min
+    return torch.full((num_nodes, 2 * reach), least, dtype=dtype, device=device).triu_(reach + 1)
 
 
 def _seen(

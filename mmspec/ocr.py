@@ -199,8 +199,12 @@ ENGINES: dict[str, tuple[str, Callable[[], Engine]]] = {
 
 
 def installed_engines() -> list[str]:
-    """Names of the engines whose packages are there, the preferred one first."""
-    return [name for name, (package, _) in ENGINES.items() if importlib.util.find_spec(package)]
+    """Names of the engines whose packages and data are there, the preferred one first."""
+    return [
+        name
+        for name, (package, _) in ENGINES.items()
+        if importlib.util.find_spec(package) and (name != "tesserocr" or _tessdata("eng"))
+    ]
 
 
 def open_engine(name: str) -> Engine:
@@ -219,16 +223,29 @@ def tessdata_folder(language: str = "eng") -> str:
     Raises:
         ValueError: If there is none; lists where it was looked for.
     """
+    folder = _tessdata(language)
+    if folder is None:
+        raise ValueError(
+            f"{language}.traineddata of Tesseract was not found in {', '.join(_looked_at())}; "
+            f"install it (Debian: apt-get install tesseract-ocr-{language}) or set TESSDATA_PREFIX"
+        )
+    return folder
+
+
+def _tessdata(language: str) -> str | None:
+    for pattern in _looked_at():
+        for folder in sorted(glob.glob(pattern), reverse=True):
+            if os.path.isfile(os.path.join(folder, f"{language}.traineddata")):
+                return os.path.join(folder, "")
+    return None
+
+
+def _looked_at() -> list[str]:
     own = os.environ.get("TESSDATA_PREFIX")
-    looked = [own, os.path.join(own, "tessdata")] if own else []
-    looked += [folder for pattern in _TESSDATA for folder in sorted(glob.glob(pattern))[::-1]]
-    for folder in looked:
-        if os.path.isfile(os.path.join(folder, f"{language}.traineddata")):
-            return os.path.join(folder, "")
-    raise ValueError(
-        f"{language}.traineddata of Tesseract was not found in {', '.join(looked or _TESSDATA)}; "
-        f"install it (Debian: apt-get install tesseract-ocr-{language}) or set TESSDATA_PREFIX"
-    )
+    return [
+        *([glob.escape(own), glob.escape(os.path.join(own, "tessdata"))] if own else []),
+        *_TESSDATA,
+    ]
 
 
 def prepared(image: Image.Image, pitch: float | None = None) -> tuple[float, Image.Image]:

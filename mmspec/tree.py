@@ -42,7 +42,7 @@ def bucket(width: int, largest: int = BUCKETS[-1]) -> int:
 def pack_chain(
     tokens_BN: Int[Tensor, "B N"],
     num_drafted: Sequence[int],
-    vocab_size: int,
+    vocab_size: int | None,
     draft_probs_BNV: Tensor | None = None,
 ) -> Proposal:
     """A chain per row from the root and its drafts.
@@ -50,7 +50,8 @@ def pack_chain(
     Args:
         tokens_BN: The root and the drafts of each row; entries past a row's drafts are ignored.
         num_drafted: Drafts of each row, at most N - 1.
-        vocab_size: The target's vocabulary; a draft outside it is made invalid.
+        vocab_size: The target's vocabulary; a draft outside it is made invalid. None if the drafts
+            are known to lie inside.
         draft_probs_BNV: As in `Proposal`.
 
     Raises:
@@ -61,12 +62,13 @@ def pack_chain(
         raise ValueError(
             f"num_drafted must hold {num_rows} counts of 0 to {num_nodes - 1}, got {num_drafted!r}"
         )
-    parents_BN, depth_BN, ancestors_BNN = _chains(num_rows, num_nodes, tokens_BN.device)
-    drafted_BN = None
+    parents_BN, depth_BN, ancestors_BNN = chains(num_rows, num_nodes, tokens_BN.device)
+    valid_BN = ancestors_BNN[:, -1]  # the last node comes from all
     if min(num_drafted) < num_nodes - 1:
         count_B = torch.tensor(list(num_drafted), device=tokens_BN.device)
-        drafted_BN = depth_BN <= count_B[:, None]
-    tokens_BN, valid_BN = _validated(tokens_BN, drafted_BN, vocab_size)
+        valid_BN = depth_BN <= count_B[:, None]
+    if vocab_size is not None:
+        tokens_BN, valid_BN = _validated(tokens_BN, valid_BN, vocab_size)
     return Proposal(
         tokens_BN=tokens_BN,
         valid_BN=valid_BN,
@@ -81,8 +83,11 @@ def pack_chain(
 
 
 @functools.lru_cache(maxsize=32)
-def _chains(num_rows: int, num_nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Parents, depth and ancestors of chains; windows of one width ask in every step."""
+def chains(num_rows: int, num_nodes: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Parents, depth and ancestors of chains; windows of one width ask in every step.
+
+    They are shared by all who ask, and must not be written to.
+    """
     node = torch.arange(num_nodes, device=device)
     return (
         (node - 1).clamp(min=0).expand(num_rows, -1),
@@ -183,13 +188,9 @@ def _check_tree(tokens: Sequence[int], parents: Sequence[int], width: int) -> No
             raise ValueError(f"parent of node {index} must come before it, got {parent}")
 
 
-def _validated(
-    tokens_BN: Tensor, drafted_BN: Tensor | None, vocab_size: int
-) -> tuple[Tensor, Tensor]:
+def _validated(tokens_BN: Tensor, drafted_BN: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Ids outside the vocabulary become invalid before anything can embed them."""
-    valid_BN = (tokens_BN >= 0) & (tokens_BN < vocab_size)
-    if drafted_BN is not None:
-        valid_BN &= drafted_BN
+    valid_BN = drafted_BN & (tokens_BN >= 0) & (tokens_BN < vocab_size)
     # The root is committed; in image generation it may be a text token of another vocabulary.
     valid_BN[:, 0] = True
     return torch.where(valid_BN, tokens_BN, 0), valid_BN

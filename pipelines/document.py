@@ -45,7 +45,8 @@ PARSE_PROMPT = "Convert this page to Markdown."
 _GUIDED = ("auto", "reference")
 _UNREAD = Reading(
     engine="none",
-    error="no OCR engine is installed; pip install 'mmspec[ocr]', or pass ocr=None or references",
+    error="no OCR engine is installed; pip install 'mmspec[ocr]' and the data of a language "
+    "(Debian: apt-get install tesseract-ocr-eng), or pass ocr=None or references",
 )
 #: Options of a call that say nothing of how a region is read.
 _OF_THE_PAGE_ALONE = {"callback_on_step_end", "streamer"}

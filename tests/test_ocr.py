@@ -16,6 +16,7 @@ from mmspec.ocr import (
     LINE_PITCH,
     PageText,
     Word,
+    installed_engines,
     line_pitch,
     open_engine,
     tessdata_folder,
@@ -240,6 +241,16 @@ def test_missing_data_are_named(monkeypatch, tmp_path):
         tessdata_folder("xyz")
     (tmp_path / "tessdata" / "xyz.traineddata").touch()
     assert tessdata_folder("xyz") == f"{tmp_path}/tessdata/"
+
+
+def test_an_engine_without_its_data_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("mmspec.ocr._TESSDATA", (str(tmp_path / "*"),))
+    monkeypatch.delenv("TESSDATA_PREFIX", raising=False)
+    assert installed_engines() == ["rapidocr"]
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5" / "eng.traineddata").touch()
+    assert installed_engines() == ["tesserocr", "rapidocr"]
 
 
 def test_an_unknown_engine_is_refused():

@@ -19,6 +19,7 @@ from mmspec.cache import SlotCache
 from mmspec.forward import SlotForward, as_law_dtype
 from mmspec.records import Outcome, Proposal, Verdict
 from mmspec.rows import TokenRows
+from mmspec.tree import chains
 
 
 class Guidance:
@@ -145,11 +146,15 @@ class Guidance:
         rows = self.rows
         host_cached = [len(tokens) - 1 for tokens in rows.host_tokens]
         pairs = zip(host_cached, self._shift, strict=False)
+        if proposal.is_chain:
+            _, depth, ancestors = chains(self.num_rows, proposal.width, positions_BN.device)
+        else:
+            depth, ancestors = map(self.twice, (proposal.depth_BN, proposal.ancestors_BNN))
         return {
             "cached_B": self.shifted(rows.last_B),
             "host_cached": host_cached + [cached + shift for cached, shift in pairs],
-            "depth_BN": self.twice(proposal.depth_BN),
-            "ancestors_BNN": self.twice(proposal.ancestors_BNN),
+            "depth_BN": depth,
+            "ancestors_BNN": ancestors,
             "positions_BN": self.shifted(positions_BN),
             "is_chain": proposal.is_chain,
             "rows": rows.active + [rows.num_rows + row for row in rows.active] * self.is_on,

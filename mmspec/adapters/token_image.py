@@ -370,8 +370,8 @@ class TokenImageTarget:
         first, self._first_logits = self._first_logits, None
         if first is not None and proposal.width == 1:
             return Scores(logits_BNV=first, positions_BN=positions_BN, forward_time_s=0.0)
-        embeds = self._guidance.twice(self._embed(proposal))
         started = time.perf_counter()
+        embeds = self._guidance.twice(self._embed(proposal))
         output = self.forward.run(
             {"inputs_embeds": embeds}, **self._guidance.run_arguments(proposal, positions_BN)
         )

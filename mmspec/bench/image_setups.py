@@ -149,12 +149,12 @@ def _tiny_janus() -> nn.Module:
 
 
 def _mid_janus() -> nn.Module:
-    """The backbone of the mid-size text model, with the codebook of the published Janus.
+    """The backbone of the mid-size text model, with codebook and grid of the published Janus.
 
     What the head says hardly depends on what came before, so that a share of the guesses holds, as
     with a trained model: a step that accepts nothing would have less to do.
     """
-    model: Any = _random_janus(MID_SIZES, num_codes=16384, grid=8)
+    model: Any = _random_janus(MID_SIZES, num_codes=16384, grid=24)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         head = model.model.generation_head.vision_head
@@ -171,7 +171,7 @@ def _random_janus(text: Mapping[str, Any], num_codes: int, grid: int) -> nn.Modu
         text_config={
             "model_type": "llama",
             "vocab_size": 99,
-            "max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
             **text,
         },
         vision_config={

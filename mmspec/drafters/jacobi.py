@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmspec.checks import require_known
-from mmspec.drafters.mending import Mender
+from mmspec.drafters.mending import Mender, above_positions
 from mmspec.drafters.plain import root_only
 from mmspec.noise import Salt, gumbel
 from mmspec.records import Outcome, Plan, Proposal, Scores, Verdict
@@ -92,16 +92,18 @@ class JacobiDrafter:
         self._shared_noise = shared_noise
         self._keep_laws = keep_laws and not is_greedy
         self._allowed = allowed
-        # A ring by position: far enough back for the row above, far enough ahead for the window.
+        # Laws are kept in a ring by position: far enough back for the row above, far enough ahead
+        # for the window.
         self._ring = 2 * max_width + longest + 1
         self._mender = None
         if mend and stride is not None:
-            self._mender = Mender(rows, vocab_size, stride=stride, ring=self._ring)
+            self._mender = Mender(rows, vocab_size, stride=stride)
+        self._above_BT = None if stride is None else above_positions(rows, stride)
         # New positions look no further back from the end of the known ones.
         self._num_looked_at = longest + 1
         self._laws_BRV: Tensor | None = None
-        self._guesses_BR: Tensor | None = None
-        self._settled_BR: Tensor | None = None
+        self._guesses_BT = torch.zeros_like(rows.tokens_BT)
+        self._settled_BT: Tensor | None = None
         self._known_B = rows.lengths_B.clone()  # laws are known for positions below this
         self._host_known = [len(tokens) for tokens in rows.host_tokens]  # the same on the host
         self._row_B1 = torch.arange(rows.num_rows, device=rows.lengths_B.device)[:, None]
@@ -121,7 +123,11 @@ class JacobiDrafter:
             length = len(self._rows.host_tokens[row])
             self._known_B[row] = self._host_known[row] = length + 1
             self._laws_BRV[row, length % self._ring] = verdict.law_logits_BNV[row, 0]  # type: ignore[index]
-            self._guesses_BR[row, length % self._ring] = verdict.choices_BN[row, 0]  # type: ignore[index]
+            self._guesses_BT[row, length] = verdict.choices_BN[row, 0]
+        if self._stride is not None:
+            self._above_BT = above_positions(self._rows, self._stride)
+        if self._mender is not None:
+            self._mender.follow()
 
     def propose(self, plan: Plan) -> Proposal:
         """A chain of guesses behind each root."""
@@ -146,10 +152,10 @@ class JacobiDrafter:
             drafts = torch.nn.functional.pad(drafts, (0, 0, 0, 1))
         num_drafts = [0 if done else width - 1 for done in rows.host_done]
         tokens = torch.cat([rows.roots_B()[:, None], guesses], dim=1)
-        proposal = pack_chain(tokens, num_drafts, self._vocab_size, drafts)
-        if self._settled_BR is None:
+        proposal = pack_chain(tokens, num_drafts, None, drafts)
+        if self._settled_BT is None:
             return proposal
-        settled = self._settled_BR[self._row_B1, position % self._ring]
+        settled = self._settled_BT.gather(1, position)
         settled &= position < self._known_B[:, None]
         settled = torch.nn.functional.pad(settled, (1, 0))
         return dataclasses.replace(proposal, settled_BN=settled)
@@ -163,34 +169,33 @@ class JacobiDrafter:
             num_rows = laws.shape[0]
             # Unknown laws are uniform, which keeps them laws.
             self._laws_BRV = laws.new_zeros(num_rows, self._ring, self._vocab_size)
-            self._guesses_BR = verdict.choices_BN.new_zeros(num_rows, self._ring)
         if self._mender is not None:
             self._mender.note(proposal.tokens_BN, scores.positions_BN)
-        slot = (scores.positions_BN + 1) % self._ring
+        next_BN = scores.positions_BN + 1
         pairs = zip(self._rows.host_tokens, outcome.new_units, strict=True)
         roots = [len(tokens) - len(new) - 1 for tokens, new in pairs]
-        self._store(laws, slot, roots)
-        self._guesses_BR[self._row_B1, slot] = verdict.choices_BN  # type: ignore[index]
+        self._store(laws, next_BN, roots)
+        self._guesses_BT.scatter_(1, next_BN, verdict.choices_BN)
         if verdict.settled_BN is not None:
-            if self._settled_BR is None:
-                self._settled_BR = verdict.settled_BN.new_zeros(laws.shape[0], self._ring)
-            self._settled_BR[self._row_B1, slot] = verdict.settled_BN
+            if self._settled_BT is None:
+                self._settled_BT = torch.zeros_like(self._guesses_BT, dtype=torch.bool)
+            self._settled_BT.scatter_(1, next_BN, verdict.settled_BN)
         # Guesses behind a narrow step stay: they are older, but better than a neighbour's.
-        self._known_B = torch.maximum(self._known_B, scores.positions_BN.amax(1) + 2)
+        self._known_B = torch.maximum(self._known_B, next_BN.amax(1) + 1)
         for row, root in enumerate(roots):
             last = min(root + laws.shape[1] - 1, self._rows.host_limits[row] - 1)
             self._host_known[row] = max(self._host_known[row], last + 2)
 
-    def _store(self, laws: Tensor, slot_BN: Tensor, roots: list[int]) -> None:
+    def _store(self, laws: Tensor, next_BN: Tensor, roots: list[int]) -> None:
         """Puts the laws into the ring; nodes past a row's limit may fall anywhere behind it."""
         if not self._keep_laws and laws.shape[1] > self._num_looked_at:
             # The others are laws of positions with a guess, which only some rules ask for.
             roots = [root + laws.shape[1] - self._num_looked_at for root in roots]
-            laws, slot_BN = laws[:, -self._num_looked_at :], slot_BN[:, -self._num_looked_at :]
+            laws, next_BN = laws[:, -self._num_looked_at :], next_BN[:, -self._num_looked_at :]
         ring, num_nodes = self._laws_BRV, laws.shape[1]
         if len(set(roots)) > 1:
             # Whole laws by index: a scatter would go number by number.
-            ring[self._row_B1, slot_BN] = laws  # type: ignore[index]
+            ring[self._row_B1, next_BN % self._ring] = laws  # type: ignore[index]
             return
         # Rows of one length are stored in one piece, or in two at the end of the ring.
         first = (roots[0] + 1) % self._ring
@@ -212,7 +217,7 @@ class JacobiDrafter:
             position: Positions ``[B, N]`` behind the rows' ends.
             num_known: How many of the first ones are known in all rows; their laws are left out.
         """
-        stored = self._guesses_BR[self._row_B1, position % self._ring]  # type: ignore[index]
+        stored = self._guesses_BT.gather(1, position)
         known, stored = stored[:, :num_known], stored[:, num_known:]
         position = position[:, num_known:]
         is_known = position < self._known_B[:, None]
@@ -253,15 +258,9 @@ class JacobiDrafter:
 
     def _neighbour(self, position: Tensor) -> Tensor:
         last = self._known_B[:, None] - 1
-        if self._stride is None:
+        if self._above_BT is None:
             return last.expand_as(position)
-        first = self._rows.prompt_lengths_B[:, None]
-        back = self._stride
-        if isinstance(back, Tensor):
-            back = back[(position - first).clamp(0, len(back) - 1)]
-        above = position - back
-        is_there = (above >= first) & (above < position)
-        return torch.where(is_there, torch.minimum(above, last), last)
+        return torch.minimum(self._above_BT.gather(1, position), last)
 
 
 def default_window(num_tokens: int, num_rows: int = 1) -> int:

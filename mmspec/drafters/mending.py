@@ -17,32 +17,38 @@ from mmspec.rows import TokenRows
 #: Times that a change may travel to the right in a step. On `bundled:avatars` (window 32, guidance
 #: 3) 1, 2, 4 and as many as there are positions save 11.5, 13, 13 and 14 % of the forwards.
 SWEEPS = 2
+#: In place of a token above: with no token on the left does it make the number of a pair of codes.
+_NOTHING = -(1 << 31)
 
 
 class Mender:
     """Knows what was fed at each position, and finds where the same neighbours stood before."""
 
-    def __init__(
-        self, rows: TokenRows, vocab_size: int, *, stride: int | Tensor, ring: int
-    ) -> None:
+    def __init__(self, rows: TokenRows, vocab_size: int, *, stride: int | Tensor) -> None:
         """Makes an empty memory.
 
         Args:
             rows: The rows.
             vocab_size: V.
             stride: As in `mmspec.drafters.jacobi.JacobiDrafter`.
-            ring: Positions that are remembered.
         """
         self._rows = rows
         self._vocab_size = vocab_size
         self._stride = stride
-        self._ring = ring
-        self._row_B1 = torch.arange(rows.num_rows, device=rows.lengths_B.device)[:, None]
-        self._fed_BR = torch.full_like(self._row_B1, -1).repeat(1, ring)
+        self._fed_BT = torch.full_like(rows.tokens_BT, -1)
+        self._index_T = torch.arange(rows.capacity, device=rows.tokens_BT.device)
+        self.follow()
+
+    def follow(self) -> None:
+        """Takes the prompts that the rows continue now."""
+        above_BT = above_positions(self._rows, self._stride)
+        # Place 0 is in the prompt and says that there is none.
+        self._above_BT = above_BT.masked_fill(above_BT == self._rows.capacity, 0)
+        self._place_BT = self._index_T.masked_fill(self._above_BT == 0, 0)
 
     def note(self, tokens_BN: Tensor, positions_BN: Tensor) -> None:
         """These tokens were fed at these positions."""
-        self._fed_BR[self._row_B1, positions_BN % self._ring] = tokens_BN
+        self._fed_BT.scatter_(1, positions_BN, tokens_BN)
 
     def mended(
         self, guesses_BN: Tensor, position_BN: Tensor, is_known_BN: Tensor
@@ -58,42 +64,48 @@ class Mender:
             The guesses, and which of them were replaced. Those follow from what is known before
             they are verified, so their law is one-hot.
         """
-        rows = self._rows
-        end = max(map(len, rows.host_tokens))
-        tokens_BT = rows.tokens_BT[:, : end + guesses_BN.shape[1]].clone()
-        place_T = torch.arange(end, device=tokens_BT.device)
-        above_BT, above_BN = self._above(place_T), self._above(position_BN)
-        above_BT = above_BT.masked_fill(place_T >= rows.lengths_B[:, None], -1)
-        pairs_B1T = self._pairs(tokens_BT, place_T.expand_as(above_BT), above_BT)[:, None]
-        fed_BN = self._fed_BR[self._row_B1, (position_BN - 1) % self._ring]
-        is_new_BN, can_be_BN = ~is_known_BN, above_BN >= 0
+        vocab_size = self._vocab_size
+        lengths = [len(tokens) for tokens in self._rows.host_tokens]
+        end = max(lengths)
+        tokens_BT = self._rows.tokens_BT[:, : end + guesses_BN.shape[1]].clone()
+        # No pair of codes is that of a position without one above it.
+        tokens_BT[:, 0] = _NOTHING
+        place_BT = self._place_BT[:, 1:end]
+        if min(lengths) < end:
+            is_there_BT = self._index_T[1:end] < self._rows.lengths_B[:, None]
+            place_BT = place_BT * is_there_BT
+        above_BT = tokens_BT.gather(1, self._above_BT[:, 1:end])
+        pairs_B1T = torch.add(tokens_BT[:, : end - 1], above_BT, alpha=vocab_size)[:, None]
+        place_B1T = place_BT[:, None]
+        left_BN, above_BN = position_BN - 1, self._above_BT.gather(1, position_BN)
+        fed_BN, is_new_BN = self._fed_BT.gather(1, left_BN), ~is_known_BN
         mended_BN, is_mended_BN = guesses_BN, torch.zeros_like(is_new_BN)
         for _ in range(SWEEPS):
             tokens_BT.scatter_(1, position_BN, mended_BN)
-            is_stale_BN = is_new_BN | (tokens_BT.gather(1, position_BN - 1) != fed_BN)
-            pair_BN = self._pairs(tokens_BT, position_BN, above_BN)
-            # No pair stands at place 0, so that 0 says that there is none.
-            place_BNT = (pair_BN[..., None] == pairs_B1T) * place_T
+            at_left_BN = tokens_BT.gather(1, left_BN)
+            pair_BN = torch.add(at_left_BN, tokens_BT.gather(1, above_BN), alpha=vocab_size)
+            place_BNT = (pair_BN[..., None] == pairs_B1T) * place_B1T
             last_BN = place_BNT.amax(-1)
             before_BN = place_BNT.masked_fill_(place_BNT == last_BN[..., None], 0).amax(-1)
             told_BN = tokens_BT.gather(1, last_BN)
-            is_sure_BN = (before_BN > 0) & (told_BN == tokens_BT.gather(1, before_BN))
-            is_mended_BN = is_stale_BN & can_be_BN & is_sure_BN
+            is_sure_BN = (told_BN == tokens_BT.gather(1, before_BN)) & (before_BN > 0)
+            is_mended_BN = is_sure_BN & (is_new_BN | (at_left_BN != fed_BN))
             mended_BN = torch.where(is_mended_BN, told_BN, guesses_BN)
         return mended_BN, is_mended_BN
 
-    def _above(self, position: Tensor) -> Tensor:
-        """Position above each one; -1 where there is none, or none on the left."""
-        first_B1 = self._rows.prompt_lengths_B[:, None]
-        back = self._stride
-        if isinstance(back, Tensor):
-            back = back[(position - first_B1).clamp(0, len(back) - 1)]
-        above = position - back
-        # A code that has one above it has one on the left, but where it has itself above.
-        return above.masked_fill((above < first_B1) | (above == position), -1)
 
-    def _pairs(self, tokens_BT: Tensor, position: Tensor, above: Tensor) -> Tensor:
-        """The codes on the left and above as one number, at each position; -1 where not both."""
-        left = tokens_BT.gather(1, (position - 1).clamp(min=0))
-        pair = left * self._vocab_size + tokens_BT.gather(1, above.clamp(min=0))
-        return pair.masked_fill(above < 0, -1)
+def above_positions(rows: TokenRows, stride: int | Tensor) -> Tensor:
+    """Position above each one, ``[B, T]``; the capacity of the rows where there is none.
+
+    Args:
+        rows: The rows.
+        stride: As in `mmspec.drafters.jacobi.JacobiDrafter`.
+    """
+    position_T = torch.arange(rows.capacity, device=rows.tokens_BT.device)
+    first_B1 = rows.prompt_lengths_B[:, None]
+    back: Tensor | int = stride
+    if isinstance(stride, Tensor):
+        back = stride[(position_T - first_B1).clamp(0, len(stride) - 1)]
+    above_BT = position_T - back
+    is_none_BT = (above_BT < first_B1) | (above_BT >= position_T)
+    return above_BT.masked_fill(is_none_BT, rows.capacity)

@@ -18,7 +18,7 @@ def mended(tokens: list[int], guesses: list[int], fed: list[int], known=(), stri
     rows.tokens_BT[0, first : first + len(tokens)] = torch.tensor(tokens)
     rows.host_tokens[0] += tokens
     rows.lengths_B = rows.lengths_B + len(tokens)
-    mender = Mender(rows, V, stride=stride, ring=64)
+    mender = Mender(rows, V, stride=stride)
     end = first + len(tokens)
     mender.note(torch.tensor([fed]), torch.arange(end - 1, end - 1 + len(fed))[None])
     is_known = torch.tensor([known or [True] * len(guesses)])
