@@ -104,9 +104,9 @@ class WindowMemory:
         seen = [(w, n, math.log(self.units[w] / n)) for w, n in self.trials.items() if n > 0.5]
         prior = math.log(self.PRIOR_ENDLESS)
         misfits = [self.PRIOR_TRIALS * (math.log(e) - prior) ** 2 for e in self.ENDLESS]
-        for width, trials, units in seen:
+        for width, trials, log_units in seen:
             for place, curve in enumerate(_log_units(width)):
-                misfits[place] += trials * (units - curve) ** 2
+                misfits[place] += trials * (log_units - curve) ** 2
         place = misfits.index(min(misfits))
         known = {w: (n / (n + self.TRUST_TRIALS), u) for w, n, u in seen}
 
