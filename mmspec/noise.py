@@ -127,8 +127,8 @@ def gumbel(
     """Counter-based standard Gumbel noise, float32.
 
     The winner of ``argmax(law + g)`` is decided by the large values of g, which are the small
-    values of the exponential ``e = -log(1 - u)``; ``log1p`` keeps them exact to the last bit and
-    u never reaches 0 or 1, so every value is finite (g lies in [-2.9, 22.2]).
+    values of the exponential ``e = -log(1 - u)``; they are exact to a few units in the last place,
+    and u never reaches 0 or 1, so every value is finite (g lies in [-2.9, 22.2]).
 
     Args:
         keys_B: Row keys of `row_keys`.

@@ -28,9 +28,8 @@ def settled_units(width: int, endless: float) -> float:
         endless: Units per step of a window without end, which is how deep dependencies between
             neighbours reach; 1 where no guess is ever right.
     """
-    reach, bend = width**WindowMemory.POWER, WindowMemory.BEND
-    share = reach**-bend
-    return float((share + (1 - share) * endless**-bend) ** (-1 / bend))
+    share = width**-WindowMemory.POWER
+    return float(1 / (share + (1 - share) / endless))
 
 
 # A width is chosen in every step, beside which a small model's forward is short: what does not
@@ -57,10 +56,8 @@ class WindowMemory:
         units: Units of these row-steps.
     """
 
-    #: Growth of the units with the width where nothing limits them, and how sharply the curve
-    #: bends to its limit.
-    POWER = 0.55
-    BEND = 3.0
+    #: Growth of the units with the width where nothing limits them.
+    POWER = 0.76
     #: Steps of one width whose median is its cost, and how many of them a new call takes over.
     KEPT = 9
     CARRIED = 3

@@ -7,6 +7,7 @@ import torch
 from test_engine import BUDGETS, PROMPTS
 from tiny import make_engine, make_rows, tiny_model
 
+import mmspec.forward
 from mmspec.adapters.causal_lm import CausalTarget
 from mmspec.cache import SlotCache
 from mmspec.drafters.plain import root_only
@@ -77,6 +78,19 @@ def test_rows_of_one_length_need_no_mask(model):
     )
     hook.remove()
     assert masks == [None]
+
+
+@pytest.mark.parametrize("limit", [mmspec.forward.MAX_BAND, 0])
+def test_masks_of_chains_are_the_same_cut_out_or_made(limit, monkeypatch):
+    monkeypatch.setattr(mmspec.forward, "MAX_BAND", limit)
+    least = torch.finfo(torch.float32).min
+    for num_nodes, past in itertools.product((1, 2, 16), (0, 1, 7, 40)):
+        extent = past + num_nodes
+        mask = mmspec.forward._causal(
+            num_nodes, past, extent, 60, torch.float32, torch.device("cpu")
+        )
+        node, slot = torch.arange(num_nodes)[:, None], torch.arange(extent)
+        assert torch.equal(mask, torch.where(slot <= past + node, 0.0, least))
 
 
 @torch.no_grad()

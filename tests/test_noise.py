@@ -7,7 +7,16 @@ import torch
 from scipy import stats
 
 import mmspec.noise
-from mmspec.noise import NoiseWindow, Salt, _unit_interval, gaussian, gumbel, row_keys, uniform
+from mmspec.noise import (
+    NoiseWindow,
+    Salt,
+    _exponential,
+    _unit_interval,
+    gaussian,
+    gumbel,
+    row_keys,
+    uniform,
+)
 from mmspec.sampling import sample
 
 KEYS = row_keys(torch.Generator().manual_seed(3), 4)
@@ -189,3 +198,13 @@ def test_gaussian_noise_is_standard_normal_and_belongs_to_its_position():
     assert torch.equal(gaussian(keys[1:], positions[1:, 7:9], 64), noise[1:, 7:9])
     neighbours = (noise[:, 1:] * noise[:, :-1]).mean()
     assert neighbours.abs() < 4 * num**-0.5
+
+
+def test_exponentials_are_exact_for_uniforms_of_any_size():
+    """A relative error in an exponential is an absolute one in the Gumbel number."""
+    near_powers = [2**size + step for size in range(31) for step in range(-40, 40)]
+    bits = torch.tensor([*near_powers, *range(2000), *range(2**31 - 2000, 2**31)])
+    bits = torch.cat([bits.clamp(0, 2**31 - 1), torch.randint(2**31, (100_000,))]).to(torch.int32)
+    unit = _unit_interval(bits)
+    made, wanted = _exponential(unit.clone()).double(), -torch.log1p(-unit.double())
+    assert ((made - wanted).abs() <= 4 * 2.0**-24 * wanted).all()
