@@ -76,14 +76,23 @@ class WindowMemory:
         self.costs: dict[tuple[int, int], deque[float]] = defaultdict(
             lambda: deque(maxlen=self.KEPT)
         )
+        self._measured: set[tuple[int, int]] = set()
         self.trials: dict[int, float] = defaultdict(float)
         self.units: dict[int, float] = defaultdict(float)
 
     def begin_call(self) -> None:
         """Old evidence counts less, so that an unlucky finding is tried again."""
         for cell, samples in self.costs.items():
-            self.costs[cell] = deque(list(samples)[-self.CARRIED :], self.KEPT)
+            is_recent = cell in self._measured
+            kept = list(samples)[-self.CARRIED :] if is_recent else [_median(tuple(samples))]
+            self.costs[cell] = deque(kept, self.KEPT)
+        self._measured.clear()
         self._discount(0.7)
+
+    def note_cost(self, num_rows: int, width: int, seconds: float) -> None:
+        """A step was measured."""
+        self.costs[num_rows, width].append(seconds)
+        self._measured.add((num_rows, width))
 
     def count(self, width: int, num_rows: int, num_units: float) -> None:
         """A step of a settled window."""
@@ -255,7 +264,7 @@ class WindowSchedule:
             self._has_begun = True
             return
         num_rows = sum(record.was_active)
-        self.memory.costs[num_rows, record.width].append(record.wall_time_s)
+        self.memory.note_cost(num_rows, record.width, record.wall_time_s)
         num_units = float(sum(record.num_emitted))
         slowest, _ = self._progress.advance(record)
         if not self._num_waiting():
