@@ -278,6 +278,19 @@ def test_what_a_call_found_serves_the_next():
     assert all(len(samples) <= memory.CARRIED for samples in memory.costs.values())
 
 
+def test_what_the_last_call_did_not_measure_is_an_upper_bound():
+    memory = WindowMemory()
+    for width, seconds in ((1, 1.0), (8, 1.0), (32, 9.0)):
+        for _ in range(3):
+            memory.note_cost(1, width, seconds)
+    memory.begin_call()
+    assert memory.cost(1, 32) == 9.0
+    for width in (1, 8):
+        memory.note_cost(1, width, 1.0)
+    memory.begin_call()
+    assert memory.cost(1, 32) == pytest.approx(1.0)  # as the line through the others says
+
+
 def test_a_little_better_is_no_reason_to_change():
     memory = WindowMemory()
     memory.costs[1, 1].extend([1.0] * 3)
