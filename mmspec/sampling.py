@@ -235,13 +235,26 @@ class Allowed:
         self, positions_BN: Int[Tensor, "B N"], prompt_lengths_B: Int[Tensor, "B"]
     ) -> Bool[Tensor, "B N V"]:
         """Which tokens may stand at these absolute positions."""
+        return self.table.masks_CV.to(positions_BN.device)[self._class(positions_BN, prompt_lengths_B)]
+
+    def is_forced(
+        self, positions_BN: Int[Tensor, "B N"], prompt_lengths_B: Int[Tensor, "B"]
+    ) -> Bool[Tensor, "B N"]:
+        """At which of these absolute positions only one token may stand."""
+        is_forced_C = self.table.masks_CV.sum(-1) == 1
+        index = self._class(positions_BN, prompt_lengths_B)
+        return is_forced_C.to(positions_BN.device)[index]
+
+    def _class(
+        self, positions_BN: Int[Tensor, "B N"], prompt_lengths_B: Int[Tensor, "B"]
+    ) -> Int[Tensor, "B N"]:
+        """Row of the masks for each position; past the table that of class 0."""
         classes = self.table.class_of_position_T.to(positions_BN.device)
         index = positions_BN
         if self.table.since_prompt:
             index = positions_BN - prompt_lengths_B[:, None]
         inside = index < classes.shape[0]
-        index = classes[index.clamp(0, classes.shape[0] - 1)]
-        return self.table.masks_CV.to(positions_BN.device)[torch.where(inside, index, 0)]
+        return torch.where(inside, classes[index.clamp(0, classes.shape[0] - 1)], 0)
 
     def restricted(
         self,

@@ -97,7 +97,7 @@ class JacobiDrafter:
         self._ring = 2 * max_width + longest + 1
         self._mender = None
         if mend and stride is not None:
-            self._mender = Mender(rows, vocab_size, stride=stride)
+            self._mender = Mender(rows, vocab_size, stride=stride, allowed=allowed)
         self._above_BT = None if stride is None else above_positions(rows, stride)
         # New positions look no further back from the end of the known ones.
         self._num_looked_at = longest + 1
@@ -127,7 +127,7 @@ class JacobiDrafter:
         if self._stride is not None:
             self._above_BT = above_positions(self._rows, self._stride)
         if self._mender is not None:
-            self._mender.follow()
+            self._mender.follow(rows)
 
     def propose(self, plan: Plan) -> Proposal:
         """A chain of guesses behind each root."""
@@ -170,7 +170,7 @@ class JacobiDrafter:
             # Unknown laws are uniform, which keeps them laws.
             self._laws_BRV = laws.new_zeros(num_rows, self._ring, self._vocab_size)
         if self._mender is not None:
-            self._mender.note(proposal.tokens_BN, scores.positions_BN)
+            self._mender.note(proposal.tokens_BN, scores.positions_BN, verdict.choices_BN)
         next_BN = scores.positions_BN + 1
         pairs = zip(self._rows.host_tokens, outcome.new_units, strict=True)
         roots = [len(tokens) - len(new) - 1 for tokens, new in pairs]
