@@ -235,7 +235,9 @@ class Allowed:
         self, positions_BN: Int[Tensor, "B N"], prompt_lengths_B: Int[Tensor, "B"]
     ) -> Bool[Tensor, "B N V"]:
         """Which tokens may stand at these absolute positions."""
-        return self.table.masks_CV.to(positions_BN.device)[self._class(positions_BN, prompt_lengths_B)]
+        return self.table.masks_CV.to(positions_BN.device)[
+            self._class(positions_BN, prompt_lengths_B)
+        ]
 
     def is_forced(
         self, positions_BN: Int[Tensor, "B N"], prompt_lengths_B: Int[Tensor, "B"]

@@ -97,6 +97,8 @@ def make_drafter(kind: str, seed: int):
         "jacobi-grid": lambda rows: JacobiDrafter(rows, V, stride=2, **options),
         # Above is the left again, so that what stands there repeats itself in five tokens.
         "jacobi-mended": lambda rows: JacobiDrafter(rows, V, stride=1, mend=True, **options),
+        # One line, which goes on with its last code.
+        "jacobi-line": lambda rows: JacobiDrafter(rows, V, stride=9, mend=True, **options),
         "jacobi-shared": lambda rows: JacobiDrafter(rows, V, max_width=4),
         "jacobi-gumbel": lambda rows: JacobiDrafter(rows, V, max_width=4, keep_laws=True),
         "stale": lambda rows: StaleLaws(rows, V, **options),
@@ -132,6 +134,8 @@ LAWFUL = [
     ("jacobi", "sjd"),
     ("jacobi-mended", "coupled"),
     ("jacobi-mended", "sjd"),
+    ("jacobi-line", "coupled"),
+    ("jacobi-line", "sjd"),
     ("jacobi-gumbel", GUMBEL),
 ]
 

@@ -142,8 +142,7 @@ class JacobiDrafter:
         guesses, laws = self._guesses_at(position, num_known)
         drafts = laws.softmax(-1) if self._keep_laws else None
         if self._mender is not None:
-            is_known = position < self._known_B[:, None]
-            guesses, is_mended = self._mender.mended(guesses, position, is_known)
+            guesses, is_mended = self._mender.mended(guesses, position)
             if drafts is not None:
                 one_hot = torch.nn.functional.one_hot(guesses, self._vocab_size)
                 drafts = torch.where(is_mended[..., None], one_hot.to(drafts.dtype), drafts)

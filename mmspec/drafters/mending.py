@@ -23,7 +23,7 @@ from mmspec.rows import TokenRows
 from mmspec.sampling import Allowed
 
 #: Times that a change may travel to the right in a step.
-SWEEPS = 2
+SWEEPS = 3
 #: Steps whose choices are remembered at each position.
 KEPT = 8
 #: In place of a token above: with no token on the left does it make the number of a pair of codes.
@@ -76,14 +76,13 @@ class Mender:
         rows = self._rows
         for row in begun:
             self._chosen_BTK[row] = 0
+            self._fed_BT[row, :-1] = -1
         self._above_BT = above_positions(rows, self._stride)
         is_first_BT = self._above_BT == rows.capacity
         # No place of a first line is looked at.
         self._place_BT = self._place_T.masked_fill(is_first_BT, 0)
         self._line_BT = line_starts(rows, self._stride) * _PLACE
-        prompts_B1 = rows.prompt_lengths_B[:, None]
-        is_code_BT = self._place_T > prompts_B1 * _PLACE
-        self._repeats_BT = is_first_BT & is_code_BT
+        self._is_first_BT = is_first_BT
         self._is_forced_BT = None
         if self._allowed is not None:
             position_BT = (self._place_T // _PLACE).expand_as(rows.tokens_BT)
@@ -101,15 +100,12 @@ class Mender:
         self._pairs_BTK[..., slot].scatter_(1, next_BN, pair_BN)
         self._chosen_BTK[..., slot].scatter_(1, next_BN, chosen_BN)
 
-    def mended(
-        self, guesses_BN: Tensor, position_BN: Tensor, is_known_BN: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def mended(self, guesses_BN: Tensor, position_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Guesses behind the rows' ends, some of them replaced.
 
         Args:
             guesses_BN: What the window guesses.
             position_BN: Where: N positions from each row's end on.
-            is_known_BN: Where a guess was drawn from a law of its own position.
 
         Returns:
             The guesses, and which of them were replaced. Those follow from what is known before
@@ -120,9 +116,9 @@ class Mender:
         pairs_BNS, found_BNS = self._memory(end, position_BN)
         left_BN, above_BN = position_BN - 1, self._above_BT.gather(1, position_BN)
         line_BN = self._line_BT.gather(1, position_BN)
-        fed_BN, is_new_BN = self._fed_BT.gather(1, left_BN), ~is_known_BN
-        plain_BN = self._repeated(guesses_BN, position_BN, fed_BN)
-        mended_BN = plain_BN
+        fed_BN = self._fed_BT.gather(1, left_BN)
+        plain_BN, is_repeated_BN = self._repeated(guesses_BN, position_BN, fed_BN)
+        mended_BN, is_sure_BN = plain_BN, is_repeated_BN
         own = self._rows.capacity * _PLACE
         for _ in range(SWEEPS):
             self._seen_BT.scatter_(1, position_BN, mended_BN)
@@ -136,15 +132,18 @@ class Mender:
             is_same_BN = told_BN == before_BN & _TOKEN
             is_sure_BN = torch.where(before_BN < _PLACE, last_BN >= line_BN, is_same_BN)
             is_sure_BN |= last_BN >= own
-            is_sure_BN &= is_new_BN | (at_left_BN != fed_BN)
+            is_sure_BN &= at_left_BN != fed_BN
             mended_BN = torch.where(is_sure_BN, told_BN, plain_BN)
+        # One that happens to be what it was is told as well, not drawn.
+        is_mended_BN = is_sure_BN | is_repeated_BN
         if self._is_forced_BT is not None:
             is_forced_BN = self._is_forced_BT.gather(1, position_BN)
             mended_BN = torch.where(is_forced_BN, guesses_BN, mended_BN)
-        return mended_BN, mended_BN != guesses_BN
+            is_mended_BN &= ~is_forced_BN
+        return mended_BN, is_mended_BN
 
     def _memory(self, end: int, position_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs of codes, and what was found beside them: in the image so far, and at each place."""
+        """Pairs of codes and what was found beside them, in the image and at each place."""
         rows = self._rows
         place_BT = self._place_BT[:, 1:end]
         if min(map(len, rows.host_tokens)) < end:
@@ -159,21 +158,28 @@ class Mender:
         found = found_BT[:, None].expand(shape), self._chosen_BTK.gather(1, index)
         return torch.cat(pairs, -1), torch.cat(found, -1)
 
-    def _repeated(self, guesses_BN: Tensor, position_BN: Tensor, fed_BN: Tensor) -> Tensor:
-        """The guesses; those of a first line are its last code again, if they were made for another."""
+    def _repeated(
+        self, guesses_BN: Tensor, position_BN: Tensor, fed_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The guesses, in a first line that has changed its last code again; and where."""
         rows = self._rows
         if not self._is_in_first_line():
-            return guesses_BN
+            return guesses_BN, torch.zeros_like(guesses_BN, dtype=torch.bool)
         root_B1 = rows.roots_B()[:, None]
-        is_stale_B1 = root_B1 != fed_BN[:, :1]
-        repeats_BN = self._repeats_BT.gather(1, position_BN).cumprod(1) * is_stale_B1
-        return torch.where(repeats_BN.bool(), root_B1, guesses_BN)
+        # Behind a prompt the first guess is what the target chose there, and stays.
+        is_begun_BN = position_BN > rows.prompt_lengths_B[:, None]
+        last_B1 = torch.where(is_begun_BN[:, :1], root_B1, guesses_BN[:, :1])
+        is_first_BN = self._is_first_BT.gather(1, position_BN).cumprod(1).bool()
+        is_repeated_BN = is_first_BN & is_begun_BN & (root_B1 != fed_BN[:, :1])
+        return torch.where(is_repeated_BN, last_B1, guesses_BN), is_repeated_BN
 
     def _is_in_first_line(self) -> bool:
         """Whether a row may be in one."""
         rows, stride = self._rows, self._stride
         lines = stride if isinstance(stride, int) else len(stride)
-        return any(len(rows.host_tokens[row]) - rows.prompt_lengths[row] < lines for row in rows.active)
+        return any(
+            len(rows.host_tokens[row]) - rows.prompt_lengths[row] < lines for row in rows.active
+        )
 
 
 def above_positions(rows: TokenRows, stride: int | Tensor) -> Tensor:
