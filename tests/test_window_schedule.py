@@ -128,8 +128,11 @@ def test_first_images_of_the_avatars_are_near_the_best_fixed_window(guidance):
     family = image_family(pipe.model)
     layout = family.layout(None, None)
     captions = ["a pixel avatar with red hair and glasses", "a pixel avatar with a blue hat"]
+    # A single image may take more forwards at 32 than at 16, by chance.
+    images = [(caption, seed) for caption in captions for seed in (7, 8, 9)]
 
-    def steps(caption, seconds, make):
+    def steps(image, seconds, make):
+        caption, seed = image
         engine, rows = image_engine(
             family,
             layout,
@@ -138,7 +141,7 @@ def test_first_images_of_the_avatars_are_near_the_best_fixed_window(guidance):
             law=build_law(LawConfig(temperature=1.0)),
             window=BUCKETS[-1],
             guidance_scale=guidance,
-            keys_B=torch.tensor([7]),
+            keys_B=torch.tensor([seed]),
             device=pipe.device,
         )
         engine.schedule = Scripted(
@@ -148,15 +151,15 @@ def test_first_images_of_the_avatars_are_near_the_best_fixed_window(guidance):
         return engine.schedule.steps
 
     runs = {
-        w: [s for c in captions for s in steps(c, lambda *_: 0.0, fixed(w))]
+        w: [s for i in images for s in steps(i, lambda *_: 0.0, fixed(w))]
         for w in (8, 16, 32, 64)
     }
     for table in (measured(FLOAT32), measured(BFLOAT16)):
         best = min(sum(table(*step) for step in run) for run in runs.values())
-        own = [s for c in captions for s in steps(c, table, chosen(WindowMemory()))]
+        own = [s for i in images for s in steps(i, table, chosen(WindowMemory()))]
         mine = sum(table(*step) for step in own)
-        assert best / mine > 0.85
-        assert len(captions) * 255 * table(1, 1) / mine > 0.95
+        assert best / mine > 0.9
+        assert len(images) * 255 * table(1, 1) / mine > 0.95
 
 
 # --------------------------------------------------------------------------- parts

@@ -68,7 +68,7 @@ class JacobiDrafter:
                 exact rule); otherwise with fresh noise (for rules that keep only the law).
             keep_laws: Hand the laws of the guesses to the rule.
             allowed: The stage of the target's law that says which tokens may stand where.
-            mend: Replace stale guesses by what followed the same neighbours before
+            mend: Replace stale guesses by what was seen beside the same neighbours before
                 (`mmspec.drafters.mending`), in a grid.
 
         Raises:

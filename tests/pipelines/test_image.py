@@ -190,7 +190,7 @@ def test_row_of_a_batch_is_its_single_run(pipe, decoder):
 )
 def test_lenience_zero_is_the_lossless_decoder(pipe, lossy, lossless, monkeypatch):
     with monkeypatch.context() as patch:
-        # Lossy decoders do not mend their guesses, which choose among lawful pictures here.
+        # Lossy decoders do not mend, and other guesses are another lawful picture of `coupled`.
         patch.setattr(image_decoders, "LOSSY", (lossless,))
         wanted = tokens(pipe, decoder=lossless, window=16)
     assert torch.equal(tokens(pipe, decoder=lossy, window=16, lenience=0), wanted)
