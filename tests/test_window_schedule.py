@@ -151,8 +151,7 @@ def test_first_images_of_the_avatars_are_near_the_best_fixed_window(guidance):
         return engine.schedule.steps
 
     runs = {
-        w: [s for i in images for s in steps(i, lambda *_: 0.0, fixed(w))]
-        for w in (8, 16, 32, 64)
+        w: [s for i in images for s in steps(i, lambda *_: 0.0, fixed(w))] for w in (8, 16, 32, 64)
     }
     for table in (measured(FLOAT32), measured(BFLOAT16)):
         best = min(sum(table(*step) for step in run) for run in runs.values())
