@@ -43,15 +43,48 @@ def _log_units(width: int) -> tuple[float, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _median(samples: tuple[float, ...]) -> float:
-    return statistics.median_low(samples)
+def _at_beginning(samples: tuple[tuple[float, float], ...], growth: float) -> float:
+    """Median of what steps would have cost at the beginning of a call.
+
+    Args:
+        samples: Seconds and place of each step.
+        growth: Logarithm of how much longer a step takes at the end of a call.
+    """
+    return statistics.median_low(seconds * math.exp(-growth * at) for seconds, at in samples)
+
+
+class _Trend:
+    """How steps of one kind take longer along a call: logarithms of seconds against places."""
+
+    #: Steps after which old ones are forgotten for new ones.
+    SPAN = 200
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._place = self._log_seconds = 0.0
+        #: Squared distances of the places from their mean, and these times those of the logarithms.
+        self.spread = self.product = 0.0
+
+    def note(self, place: float, seconds: float) -> None:
+        """A step was measured."""
+        self._count = min(self._count + 1, self.SPAN)
+        off, up = place - self._place, math.log(seconds) - self._log_seconds
+        self._place += off / self._count
+        self._log_seconds += up / self._count
+        rest = 1 - 1 / self._count
+        self.spread += rest * off * off
+        self.product += rest * off * up
 
 
 class WindowMemory:
     """What windows brought and cost; outlives a call.
 
+    A place is how much of a call is done, from 0 to 1: attention looks back on ever more, so the
+    same step takes longer and longer, and what was measured at one place says little of another
+    until this is known.
+
     Attributes:
-        costs: Seconds of the latest steps, by rows fed and width.
+        costs: Seconds and places of the latest steps, by rows fed and width.
         trials: Row-steps by width, old ones discounted.
         units: Units of these row-steps.
     """
@@ -62,10 +95,17 @@ class WindowMemory:
     KEPT = 9
     CARRIED = 3
     #: Units of an endless window before any evidence, and the row-steps that this guess counts.
-    PRIOR_ENDLESS = 8.0
-    PRIOR_TRIALS = 8.0
+    PRIOR_ENDLESS = 12.0
+    PRIOR_TRIALS = 4.0
     #: Row-steps of a width after which half of its deviation from the curve is believed.
     TRUST_TRIALS = 200.0
+    #: What a step's own trend along a call must outweigh to be believed rather than that of all
+    #: steps, and what that must outweigh; both in squared places.
+    OWN_TREND = 3.0
+    ANY_TREND = 1.0
+    #: What a cost that was never measured may be lower than the guess, by the distance of what was:
+    #: a width that is thought a little too dear would else never be tried.
+    DOUBT = 0.2
     #: Row-steps remembered at most.
     SPAN = 1000.0
     #: Units of an endless window that are considered.
@@ -73,26 +113,30 @@ class WindowMemory:
 
     def __init__(self) -> None:
         """Knows nothing."""
-        self.costs: dict[tuple[int, int], deque[float]] = defaultdict(
+        self.costs: dict[tuple[int, int], deque[tuple[float, float]]] = defaultdict(
             lambda: deque(maxlen=self.KEPT)
         )
+        self._trends: dict[tuple[int, int], _Trend] = defaultdict(_Trend)
         self._measured: set[tuple[int, int]] = set()
         self.trials: dict[int, float] = defaultdict(float)
         self.units: dict[int, float] = defaultdict(float)
 
     def begin_call(self) -> None:
         """Old evidence counts less, so that an unlucky finding is tried again."""
+        levels = self._levels()
         for cell, samples in self.costs.items():
             is_recent = cell in self._measured
-            kept = list(samples)[-self.CARRIED :] if is_recent else [_median(tuple(samples))]
+            kept = list(samples)[-self.CARRIED :] if is_recent else [(levels[cell][0], 0.0)]
             self.costs[cell] = deque(kept, self.KEPT)
         self._measured.clear()
         self._discount(0.7)
 
-    def note_cost(self, num_rows: int, width: int, seconds: float) -> None:
+    def note_cost(self, num_rows: int, width: int, seconds: float, place: float = 0.0) -> None:
         """A step was measured."""
-        self.costs[num_rows, width].append(seconds)
-        self._measured.add((num_rows, width))
+        cell = num_rows, width
+        self.costs[cell].append((seconds, place))
+        self._trends[cell].note(place, seconds)
+        self._measured.add(cell)
 
     def count(self, width: int, num_rows: int, num_units: float) -> None:
         """A step of a settled window."""
@@ -123,11 +167,27 @@ class WindowMemory:
 
         return units
 
-    def cost(self, num_rows: int, width: int) -> float | None:
-        """Seconds of a step, as `costs_at` says; None where nothing is known."""
-        return self.costs_at(num_rows, [width]).get(width)
+    def _levels(self) -> dict[tuple[int, int], tuple[float, float]]:
+        """Seconds at the beginning of a call of each kind of step, and how they grow."""
+        spread = sum(trend.spread for trend in self._trends.values())
+        product = sum(trend.product for trend in self._trends.values())
+        common = product / (spread + self.ANY_TREND)
+        levels = {}
+        for cell, samples in self.costs.items():
+            trend = self._trends[cell]
+            own = trend.product + self.OWN_TREND * common
+            # In steps of 5 %, so that medians are found again.
+            growth = round(20 * own / (trend.spread + self.OWN_TREND)) / 20
+            levels[cell] = _at_beginning(tuple(samples), growth), growth
+        return levels
 
-    def costs_at(self, num_rows: int, widths: Iterable[int]) -> dict[int, float]:
+    def cost(self, num_rows: int, width: int, place: float = 0.0) -> float | None:
+        """Seconds of a step, as `costs_at` says; None where nothing is known."""
+        return self.costs_at(num_rows, [width], place).get(width)
+
+    def costs_at(
+        self, num_rows: int, widths: Iterable[int], place: float = 0.0
+    ) -> dict[int, float]:
         """Seconds of steps: as measured, else from a line through what was measured.
 
         The first step of a width may hold a compilation; of two the faster counts, and the line
@@ -136,8 +196,10 @@ class WindowMemory:
         Args:
             num_rows: Rows fed.
             widths: Those that are asked for; one of which nothing is known is left out.
+            place: How much of the call is done.
         """
-        cells = {cell: _median(tuple(samples)) for cell, samples in self.costs.items() if samples}
+        levels = self._levels().items()
+        cells = {cell: level * math.exp(growth * place) for cell, (level, growth) in levels}
         costs = {}
         for width in widths:
             cell = num_rows, width
@@ -148,18 +210,25 @@ class WindowMemory:
             others = {other: cells[other] for other in cells if other != cell}
             known = [] if measured is None else [measured]
             if others:
-                known.append(_guessed(tuple(others.items()), num_rows, width))
+                guess, distance = _guessed(tuple(others.items()), num_rows, width)
+                known.append(guess * math.exp(-self.DOUBT * distance))
             if known:
                 costs[width] = min(known)
         return costs
 
 
 @functools.lru_cache(maxsize=256)
-def _guessed(cells: tuple[tuple[tuple[int, int], float], ...], num_rows: int, width: int) -> float:
-    """Seconds on a line over the nodes fed, moved so that it meets the nearest measured cell."""
+def _guessed(
+    cells: tuple[tuple[tuple[int, int], float], ...], num_rows: int, width: int
+) -> tuple[float, float]:
+    """Seconds on a line over the nodes fed, moved so that it meets the nearest measured cell.
+
+    Also returns how far that cell is.
+    """
     base, slope = _line(tuple((rows * wide, seconds) for (rows, wide), seconds in cells))
     (rows, wide), seconds = min(cells, key=lambda cell: _distance(*cell[0], num_rows, width))
-    return seconds * (base + slope * num_rows * width) / (base + slope * rows * wide)
+    seconds *= (base + slope * num_rows * width) / (base + slope * rows * wide)
+    return seconds, _distance(rows, wide, num_rows, width)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -189,11 +258,11 @@ class WindowSchedule:
     """Takes the width that brings most units per second, for the rows that are still going on."""
 
     #: A width must be this much better than the present one to replace it.
-    MARGIN = 1.08
+    MARGIN = 1.04
     #: Widths of the first steps where nothing is known of the costs. Two of each, for the first
     #: of a width may hold a compilation. Plain ones come second: the first window accepts guesses
     #: that are right from the start, the next ones hardly any, however wide they are.
-    PROBES = (8, 1, 1, 8, 32, 32)
+    PROBES = (8, 1, 1, 8, 16, 16)
     #: A wider window is not probed where the widest one so far costs more plain steps than this.
     DEAR = 2.5
     #: Largest width over the largest one whose cost was measured: a line is no proof.
@@ -242,12 +311,17 @@ class WindowSchedule:
         self._last_change = 0
         self._next_choice = 0
         self._num_rows = 0
+        self._longest = 1
+        self._place = 0.0
 
     def plan(self) -> Plan:
         """Returns the plan of the next step; the first is plain, for the prefill answers it."""
         if not self._has_begun:
             return Plan(width=1)
         self._steps += 1
+        remaining = self._remaining()
+        self._longest = max(self._longest, remaining)
+        self._place = 1 - remaining / self._longest
         num_rows = max(self._num_active(), 1)
         if self._steps >= self._next_choice or num_rows != self._num_rows:
             is_probing = bool(self._probes)
@@ -256,7 +330,7 @@ class WindowSchedule:
             self._num_rows, self._next_choice = num_rows, self._steps + self.PATIENCE * stands
             if width != self._width:
                 self._width, self._last_change = width, self._steps
-        return Plan(width=clamped(self._width, self._remaining()))
+        return Plan(width=clamped(self._width, remaining))
 
     def observe(self, record: StepRecord) -> None:
         """Learns the cost and the acceptance of a finished step."""
@@ -264,7 +338,7 @@ class WindowSchedule:
             self._has_begun = True
             return
         num_rows = sum(record.was_active)
-        self.memory.note_cost(num_rows, record.width, record.wall_time_s)
+        self.memory.note_cost(num_rows, record.width, record.wall_time_s, self._place)
         num_units = float(sum(record.num_emitted))
         slowest, _ = self._progress.advance(record)
         if not self._num_waiting():
@@ -279,7 +353,7 @@ class WindowSchedule:
         if probe is not None:
             return probe
         units = self.memory.expected()
-        costs = self.memory.costs_at(num_rows, self._widths)
+        costs = self.memory.costs_at(num_rows, self._widths, self._place)
         rates = {w: units(w) / costs[w] if w in costs else math.inf for w in self._widths}
         best = max(rates, key=lambda width: rates[width])
         if rates[best] <= self.MARGIN * rates.get(self._width, 0.0):
@@ -294,7 +368,9 @@ class WindowSchedule:
             probe = min(self._probes.pop(0), self._widths[-1])
             if not known or probe <= max(known):
                 return probe
-            one, widest = (self.memory.cost(num_rows, width) for width in (1, max(known)))
+            one, widest = (
+                self.memory.cost(num_rows, width, self._place) for width in (1, max(known))
+            )
             if one is not None and widest is not None and widest <= self.DEAR * one:
                 return probe
         return None

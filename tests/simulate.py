@@ -119,6 +119,7 @@ class Pictures:
         chained: Chance that a unit needs the guess before it to be right as well.
         seconds: Of a step, by rows fed and width.
         noise: Relative spread of every time; one step in a hundred takes three times as long.
+        growth: How much longer, relatively, a step takes at the end of the images.
     """
 
     hard: float
@@ -128,6 +129,7 @@ class Pictures:
     chained: float = 0.1
     noise: float = 0.05
     size: int = 256
+    growth: float = 0.0
 
     def generate(self, make_schedule, num_images: int, seed: int = 0) -> Tally:
         """One batch; ``make_schedule`` gets functions for the units left and the rows going on."""
@@ -139,8 +141,10 @@ class Pictures:
         while any(row.left for row in rows):
             width = schedule.plan().width
             active = tuple(row.left > 0 for row in rows)
+            place = max(row.length for row in rows) / self.size
             accepted = tuple(row.step(width) for row in rows)
             spread = 1 + self.noise * rng.random() + (rng.random() < 0.01) * 2
+            spread *= 1 + self.growth * place
             seconds = self.seconds(sum(active), width) * spread if tally.steps else 0.0
             drafts = tuple((width - 1) * on for on in active)
             record = StepRecord(

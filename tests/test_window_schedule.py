@@ -96,6 +96,35 @@ def test_never_below_95_percent_of_plain_decoding(case, results):
     assert results[case][1] > 0.95
 
 
+def replayed(cost, kind, sizes, num_calls):
+    """Speed of later calls over that of the best fixed window, by images per call, in turns."""
+    world = Pictures(seconds=COSTS[cost], growth=0.5, **PICTURES[kind])
+    best = {
+        size: max(speed(world, fixed(width), size, range(num_calls)) for width in BUCKETS)
+        for size in sizes
+    }
+    memory = WindowMemory()
+    runs = [
+        (size, world.generate(chosen(memory), size, seed))
+        for seed in range(num_calls)
+        for size in sizes
+    ]
+    own = {size: [run for one, run in runs if one == size] for size in sizes}
+    return {
+        size: sum(run.units for run in of) / sum(run.seconds for run in of) / best[size]
+        for size, of in own.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["easy", "hard"])
+@pytest.mark.parametrize("cost", ["two cores, float32", "two cores, bfloat16"])
+@pytest.mark.parametrize("sizes", [(1,), (8,), (1, 4, 16)])
+def test_near_the_best_fixed_window_where_steps_grow_along_the_images(cost, kind, sizes):
+    ratios = replayed(cost, kind, sizes, 6)
+    assert min(ratios.values()) > 0.84
+    assert math.prod(ratios.values()) ** (1 / len(sizes)) > 0.91
+
+
 # --------------------------------------------------------------------------- real images
 
 
@@ -212,25 +241,31 @@ def test_the_curve_follows_what_was_counted():
     assert sum(memory.trials.values()) <= memory.SPAN
 
 
-def test_costs_of_other_widths_and_rows_lie_on_a_line():
+def without_doubt():
     memory = WindowMemory()
+    memory.DOUBT = 0.0
+    return memory
+
+
+def test_costs_of_other_widths_and_rows_lie_on_a_line():
+    memory = without_doubt()
     assert memory.cost(1, 8) is None
     for rows, width in ((8, 1), (8, 8)):
-        memory.costs[rows, width].extend([2.0 + 0.1 * rows * width] * 3)
+        memory.costs[rows, width].extend([(2.0 + 0.1 * rows * width, 0.0)] * 3)
     assert memory.cost(8, 8) == pytest.approx(8.4)
     assert memory.cost(8, 16) == pytest.approx(14.8)
     assert memory.cost(2, 16) == pytest.approx(5.2)
     # A slow first step of a width (a compilation) is no measure; of two the faster counts.
-    memory.costs[8, 16].append(300.0)
+    memory.costs[8, 16].append((300.0, 0.0))
     assert memory.cost(8, 16) == pytest.approx(14.8)
-    memory.costs[8, 16].append(15.0)
+    memory.costs[8, 16].append((15.0, 0.0))
     assert memory.cost(8, 16) == 15.0
 
 
 def test_costs_that_fall_with_the_width_make_a_flat_line():
-    memory = WindowMemory()
-    memory.costs[1, 1].append(1.1)
-    memory.costs[1, 8].append(1.0)
+    memory = without_doubt()
+    memory.costs[1, 1].append((1.1, 0.0))
+    memory.costs[1, 8].append((1.0, 0.0))
     assert 1.0 <= memory.cost(1, 128) < 1.1
 
 
@@ -244,7 +279,7 @@ def test_the_first_step_is_plain_and_teaches_nothing():
     for _ in range(8):
         widths.append(schedule.plan().width)
         schedule.observe(record(widths[-1]))
-    assert widths == [8, 1, 1, 8, 32, 32, 64, 64]  # the probes, then where a flat line leads
+    assert widths == [8, 1, 1, 8, 16, 16, 32, 64]  # the probes, then where a flat line leads
 
 
 def test_a_wide_window_is_not_probed_where_a_narrower_one_is_dear():
@@ -260,7 +295,7 @@ def test_a_wide_window_is_not_probed_where_a_narrower_one_is_dear():
 def test_a_line_alone_leads_to_twice_the_width_at_most():
     memory = WindowMemory()
     for width in (1, 8):
-        memory.costs[1, width].extend([1.0] * 3)
+        memory.costs[1, width].extend([(1.0, 0.0)] * 3)
     schedule = WindowSchedule(128, endless, one, memory)
     schedule.observe(record(1))
     widths = []
@@ -281,7 +316,7 @@ def test_what_a_call_found_serves_the_next():
 
 
 def test_what_the_last_call_did_not_measure_is_an_upper_bound():
-    memory = WindowMemory()
+    memory = without_doubt()
     for width, seconds in ((1, 1.0), (8, 1.0), (32, 9.0)):
         for _ in range(3):
             memory.note_cost(1, width, seconds)
@@ -295,19 +330,55 @@ def test_what_the_last_call_did_not_measure_is_an_upper_bound():
 
 def test_a_little_better_is_no_reason_to_change():
     memory = WindowMemory()
-    memory.costs[1, 1].extend([1.0] * 3)
+    memory.costs[1, 1].extend([(1.0, 0.0)] * 3)
     schedule = WindowSchedule(128, endless, one, memory)
     schedule.observe(record(1))
     units = memory.expected()
     for width in BUCKETS[1:]:
-        memory.costs[1, width].extend([units(width) / (1.2 if width == 16 else 1.1)] * 3)
+        seconds = units(width) / (1.2 if width == 16 else 1.1)
+        memory.costs[1, width].extend([(seconds, 0.0)] * 3)
     assert schedule.plan().width == 16
-    memory.costs[1, 32].extend([units(32) / 1.22] * 9)
+    memory.costs[1, 32].extend([(units(32) / 1.23, 0.0)] * 9)
     assert schedule.plan().width == 16
-    memory.costs[1, 32].extend([units(32) / 1.3] * 9)
+    memory.costs[1, 32].extend([(units(32) / 1.3, 0.0)] * 9)
     # A choice that was confirmed stands for some steps.
     widths = [schedule.plan().width for _ in range(schedule.PATIENCE)]
     assert widths == [16] * (schedule.PATIENCE - 1) + [32]
+
+
+def test_what_was_never_measured_is_doubted_by_its_distance():
+    memory, certain = WindowMemory(), without_doubt()
+    for one in (memory, certain):
+        for width in (1, 8):
+            one.costs[8, width].extend([(2.0 + 0.8 * width, 0.0)] * 3)
+    assert memory.cost(8, 8) == certain.cost(8, 8)
+    shares = [memory.cost(*cell) / certain.cost(*cell) for cell in ((8, 16), (8, 32), (16, 32))]
+    assert shares == pytest.approx([2**-0.2, 4**-0.2, 4**-0.2 * 2**-0.4])
+
+
+def test_steps_are_compared_at_one_place_of_the_call():
+    memory = WindowMemory()
+    for step in range(101):
+        place = step / 100
+        memory.note_cost(4, 8, 2.0 * math.exp(0.5 * place), place)
+        if step < 3:
+            memory.note_cost(4, 16, 3.0 * math.exp(0.5 * place), place)
+    for place in (0.0, 0.5, 1.0):
+        at = memory.costs_at(4, (8, 16), place)
+        assert at[16] / at[8] == pytest.approx(1.5, rel=0.06)
+        # Steps of 16, all at the beginning, grow as most steps do.
+        assert at[8] == pytest.approx(2.0 * math.exp(0.5 * place), rel=0.05)
+
+
+def test_a_step_that_grows_faster_is_told_apart():
+    memory = WindowMemory()
+    for step in range(400):
+        place = step % 200 / 200
+        memory.note_cost(4, 1, 1.0 + place, place)
+        memory.note_cost(4, 8, 2.0, place)
+    first, last = (memory.costs_at(4, (1, 8), place) for place in (0.0, 1.0))
+    assert last[1] / first[1] == pytest.approx(2.0, rel=0.1)
+    assert last[8] / first[8] == pytest.approx(1.0, rel=0.1)
 
 
 def test_fewer_rows_get_a_wider_window():
