@@ -23,7 +23,7 @@ from mmspec.rows import TokenRows
 from mmspec.sampling import Allowed
 
 #: Times that a change may travel to the right in a step.
-SWEEPS = 3
+SWEEPS = 2
 #: Steps whose choices are remembered at each position.
 KEPT = 8
 #: In place of a token above: with no token on the left does it make the number of a pair of codes.
@@ -115,24 +115,24 @@ class Mender:
         self._seen_BT[:, :end] = self._rows.tokens_BT[:, :end]
         pairs_BNS, found_BNS = self._memory(end, position_BN)
         left_BN, above_BN = position_BN - 1, self._above_BT.gather(1, position_BN)
+        beside_B2N = torch.cat([left_BN, above_BN], 1)
         line_BN = self._line_BT.gather(1, position_BN)
         fed_BN = self._fed_BT.gather(1, left_BN)
         plain_BN, is_repeated_BN = self._repeated(guesses_BN, position_BN, fed_BN)
-        mended_BN, is_sure_BN = plain_BN, is_repeated_BN
+        mended_BN = plain_BN
         own = self._rows.capacity * _PLACE
         for _ in range(SWEEPS):
             self._seen_BT.scatter_(1, position_BN, mended_BN)
-            at_left_BN = self._seen_BT.gather(1, left_BN)
-            at_above_BN = self._seen_BT.gather(1, above_BN)
+            at_left_BN, at_above_BN = self._seen_BT.gather(1, beside_B2N).chunk(2, 1)
             pair_BN = torch.add(at_left_BN, at_above_BN, alpha=self._vocab_size)
             found = (pair_BN[..., None] == pairs_BNS) * found_BNS
             last_BN = found.amax(-1)
             before_BN = found.masked_fill_(found == last_BN[..., None], 0).amax(-1)
             told_BN = last_BN & _TOKEN
-            is_same_BN = told_BN == before_BN & _TOKEN
-            is_sure_BN = torch.where(before_BN < _PLACE, last_BN >= line_BN, is_same_BN)
-            is_sure_BN |= last_BN >= own
-            is_sure_BN &= at_left_BN != fed_BN
+            # Seen once it must be in this line, and seen with another token it must be its own.
+            since_BN = (told_BN != before_BN & _TOKEN) * own
+            since_BN = torch.where(before_BN < _PLACE, line_BN, since_BN)
+            is_sure_BN = (last_BN >= since_BN) & (at_left_BN != fed_BN)
             mended_BN = torch.where(is_sure_BN, told_BN, plain_BN)
         # One that happens to be what it was is told as well, not drawn.
         is_mended_BN = is_sure_BN | is_repeated_BN

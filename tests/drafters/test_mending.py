@@ -133,7 +133,7 @@ def test_lines_begin_where_their_grid_says(stride):
 def test_a_change_travels_to_the_right():
     """Stripes of which every guess is of the wrong phase, because the first code was."""
     stripes = [1, 2, 1, 2] * 3 + [1]
-    assert mended(stripes, [1, 2, 1, 2], [2, 1, 2, 1, 2]) == [2, 1, 2, 2]
+    assert mended(stripes, [1, 2, 1, 2], [2, 1, 2, 1, 2]) == [2, 1, 1, 2]
 
 
 def test_strides_of_their_own_and_places_without_an_above():
