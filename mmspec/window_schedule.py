@@ -103,9 +103,11 @@ class WindowMemory:
     #: steps, and what that must outweigh; both in squared places.
     OWN_TREND = 3.0
     ANY_TREND = 1.0
-    #: What a cost that was never measured may be lower than the guess, by the distance of what was:
-    #: a width that is thought a little too dear would else never be tried.
+    #: Logarithms of how much lower costs may be than what is known of them. Of one that was never
+    #: measured, times its distance from what was; and of one that this call has not measured yet.
+    #: A width that is thought a little too dear would else never be tried.
     DOUBT = 0.2
+    OLD_DOUBT = 0.08
     #: Row-steps remembered at most.
     SPAN = 1000.0
     #: Units of an endless window that are considered.
@@ -204,6 +206,8 @@ class WindowMemory:
         for width in widths:
             cell = num_rows, width
             measured = cells.get(cell)
+            if measured is not None and cell not in self._measured:
+                measured *= math.exp(-self.OLD_DOUBT)
             if measured is not None and len(self.costs[cell]) > 1:
                 costs[width] = measured
                 continue
@@ -258,7 +262,7 @@ class WindowSchedule:
     """Takes the width that brings most units per second, for the rows that are still going on."""
 
     #: A width must be this much better than the present one to replace it.
-    MARGIN = 1.04
+    MARGIN = 1.05
     #: Widths of the first steps where nothing is known of the costs. Two of each, for the first
     #: of a width may hold a compilation. Plain ones come second: the first window accepts guesses
     #: that are right from the start, the next ones hardly any, however wide they are.

@@ -243,7 +243,7 @@ def test_the_curve_follows_what_was_counted():
 
 def without_doubt():
     memory = WindowMemory()
-    memory.DOUBT = 0.0
+    memory.DOUBT = memory.OLD_DOUBT = 0.0
     return memory
 
 
