@@ -349,11 +349,21 @@ def test_a_little_better_is_no_reason_to_change():
 def test_what_was_never_measured_is_doubted_by_its_distance():
     memory, certain = WindowMemory(), without_doubt()
     for one in (memory, certain):
-        for width in (1, 8):
-            one.costs[8, width].extend([(2.0 + 0.8 * width, 0.0)] * 3)
+        for width in (1, 1, 8, 8):
+            one.note_cost(8, width, 2.0 + 0.8 * width)
     assert memory.cost(8, 8) == certain.cost(8, 8)
     shares = [memory.cost(*cell) / certain.cost(*cell) for cell in ((8, 16), (8, 32), (16, 32))]
     assert shares == pytest.approx([2**-0.2, 4**-0.2, 4**-0.2 * 2**-0.4])
+
+
+def test_what_a_call_has_not_measured_itself_is_doubted():
+    memory = WindowMemory()
+    for width in (1, 1, 8, 8):
+        memory.note_cost(1, width, 2.0)
+    memory.begin_call()
+    assert memory.cost(1, 8) == pytest.approx(2.0 * math.exp(-0.08))
+    memory.note_cost(1, 8, 2.0)
+    assert memory.cost(1, 8) == pytest.approx(2.0)
 
 
 def test_steps_are_compared_at_one_place_of_the_call():
