@@ -56,7 +56,7 @@ def _at_beginning(samples: tuple[tuple[float, float], ...], growth: float) -> fl
 class _Trend:
     """How steps of one kind take longer along a call: logarithms of seconds against places."""
 
-    #: Steps after which old ones are forgotten for new ones.
+    #: Steps with whose mean a new one is compared, about.
     SPAN = 200
 
     def __init__(self) -> None:
@@ -74,6 +74,11 @@ class _Trend:
         rest = 1 - 1 / self._count
         self.spread += rest * off * off
         self.product += rest * off * up
+
+    def discount(self, keep: float) -> None:
+        """What was found so far counts less."""
+        self.spread *= keep
+        self.product *= keep
 
 
 class WindowMemory:
@@ -132,6 +137,8 @@ class WindowMemory:
             self.costs[cell] = deque(kept, self.KEPT)
         self._measured.clear()
         self._discount(0.7)
+        for trend in self._trends.values():
+            trend.discount(0.7)
 
     def note_cost(self, num_rows: int, width: int, seconds: float, place: float = 0.0) -> None:
         """A step was measured."""
