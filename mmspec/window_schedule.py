@@ -99,11 +99,13 @@ class WindowMemory:
     #: Steps of one width whose median is its cost, and how many of them a new call takes over.
     KEPT = 9
     CARRIED = 3
+    #: How much other evidence counts in the next call.
+    KEPT_EVIDENCE = 0.85
     #: Units of an endless window before any evidence, and the row-steps that this guess counts.
     PRIOR_ENDLESS = 12.0
     PRIOR_TRIALS = 4.0
     #: Row-steps of a width after which half of its deviation from the curve is believed.
-    TRUST_TRIALS = 200.0
+    TRUST_TRIALS = 100.0
     #: What a step's own trend along a call must outweigh to be believed rather than that of all
     #: steps, and what that must outweigh; both in squared places.
     OWN_TREND = 3.0
@@ -136,9 +138,9 @@ class WindowMemory:
             kept = list(samples)[-self.CARRIED :] if is_recent else [(levels[cell][0], 0.0)]
             self.costs[cell] = deque(kept, self.KEPT)
         self._measured.clear()
-        self._discount(0.7)
+        self._discount(self.KEPT_EVIDENCE)
         for trend in self._trends.values():
-            trend.discount(0.7)
+            trend.discount(self.KEPT_EVIDENCE)
 
     def note_cost(self, num_rows: int, width: int, seconds: float, place: float = 0.0) -> None:
         """A step was measured."""
