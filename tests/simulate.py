@@ -120,6 +120,8 @@ class Pictures:
         seconds: Of a step, by rows fed and width.
         noise: Relative spread of every time; one step in a hundred takes three times as long.
         growth: How much longer, relatively, a step takes at the end of the images.
+        moment: How much longer any step takes after so many seconds; what it adds is seen by the
+            schedule and not tallied.
     """
 
     hard: float
@@ -130,6 +132,7 @@ class Pictures:
     noise: float = 0.05
     size: int = 256
     growth: float = 0.0
+    moment: Callable[[float], float] = lambda elapsed: 1.0
 
     def generate(self, make_schedule, num_images: int, seed: int = 0) -> Tally:
         """One batch; ``make_schedule`` gets functions for the units left and the rows going on."""
@@ -156,7 +159,7 @@ class Pictures:
                 num_emitted=tuple(a + on for a, on in zip(accepted, active, strict=True)),
                 was_active=active,
                 draft_time_s=0.0,
-                verify_time_s=seconds,
+                verify_time_s=seconds * self.moment(tally.seconds),
                 other_time_s=0.0,
             )
             schedule.observe(record)
