@@ -88,9 +88,9 @@ def test_within_ten_percent_of_the_best_fixed_window(case, results):
     assert results[case][0] > 0.9
 
 
-def test_within_five_percent_on_the_whole(results):
+def test_within_four_percent_on_the_whole(results):
     ratios = [math.log(ratio) for ratio, _ in results.values()]
-    assert math.exp(sum(ratios) / len(ratios)) > 0.95
+    assert math.exp(sum(ratios) / len(ratios)) > 0.965
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,8 +123,8 @@ def replayed(cost, kind, sizes, num_calls):
 @pytest.mark.parametrize("sizes", [(1,), (8,), (1, 4, 16)])
 def test_near_the_best_fixed_window_where_steps_grow_along_the_images(cost, kind, sizes):
     ratios = replayed(cost, kind, sizes, 6)
-    assert min(ratios.values()) > 0.84
-    assert math.prod(ratios.values()) ** (1 / len(sizes)) > 0.9
+    assert min(ratios.values()) > 0.88
+    assert math.prod(ratios.values()) ** (1 / len(sizes)) > 0.93
 
 
 # --------------------------------------------------------------------------- real images
@@ -160,7 +160,7 @@ def test_first_images_of_the_avatars_are_near_the_best_fixed_window(guidance):
     layout = family.layout(None, None)
     captions = ["a pixel avatar with red hair and glasses", "a pixel avatar with a blue hat"]
     # A single image may take more forwards at 32 than at 16, by chance.
-    images = [(caption, seed) for caption in captions for seed in (7, 8, 9)]
+    images = [(caption, seed) for caption in captions for seed in range(8)]
 
     def steps(image, seconds, make):
         caption, seed = image
@@ -188,7 +188,7 @@ def test_first_images_of_the_avatars_are_near_the_best_fixed_window(guidance):
         best = min(sum(table(*step) for step in run) for run in runs.values())
         own = [s for i in images for s in steps(i, table, chosen(WindowMemory()))]
         mine = sum(table(*step) for step in own)
-        assert best / mine > 0.9
+        assert best / mine > 0.92
         assert len(images) * 255 * table(1, 1) / mine > 0.95
 
 
